@@ -1,0 +1,5 @@
+"""The one exception that a user sees as a single line."""
+
+
+class ConfigError(ValueError):
+    """The user's mistake: one line that names the key or file and the fix; the commands exit with 2."""

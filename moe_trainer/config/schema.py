@@ -1,0 +1,267 @@
+"""What a run is made of: one dataclass for each node of a recipe.
+
+Nothing here imports torch, hydra or omegaconf. The text under a field is its documentation: `--help` prints it.
+`slots=True` makes a key that no class declares an error instead of a new attribute.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+
+class Family(Enum):
+    """Model families, each a package under `moe_trainer/models/`."""
+
+    mixtral = "mixtral"
+
+
+class DType(Enum):
+    """Floating-point types; `auto` is bfloat16 on CUDA and float32 on CPU."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
+
+
+class DeviceName(Enum):
+    """Where a run computes; `auto` is CUDA where there is a GPU."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ScheduleName(Enum):
+    """Shape of the learning rate after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class WandbMode(Enum):
+    """Whether and how metrics go to Weights & Biases."""
+
+    disabled = "disabled"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass(slots=True)
+class ModelConfig:
+    """Shape of the decoder."""
+
+    family: Family = Family.mixtral
+    """Which model family to build."""
+    init_from: str | None = None
+    """Hugging Face folder to start from; its config.json then replaces the shape given here."""
+    vocab_size: int = 264
+    """Rows of the embedding and of the head."""
+    hidden_size: int = 64
+    """Width of the residual stream."""
+    intermediate_size: int = 128
+    """Width of one expert."""
+    num_layers: int = 2
+    """Decoder layers."""
+    num_heads: int = 4
+    """Query heads."""
+    num_kv_heads: int = 4
+    """Key and value heads (grouped-query attention)."""
+    head_dim: int = 16
+    """Width of one head."""
+    num_experts: int = 4
+    """Experts of each layer, over all ranks."""
+    top_k: int = 2
+    """Experts that each token goes to."""
+    rms_norm_eps: float = 1e-5
+    """Added to the mean square in RMSNorm."""
+    rope_theta: float = 1e6
+    """Base of the rotary position embedding."""
+    max_position_embeddings: int = 4096
+    """Longest sequence the model is meant for; written to config.json on export."""
+    initializer_range: float = 0.02
+    """Standard deviation of the initial weights."""
+
+
+@dataclass(slots=True)
+class ParallelConfig:
+    """Mesh sizes and the two flags that choose the plan."""
+
+    dp_replicate: int = 1
+    """Groups of ranks that each hold the whole sharded model (HSDP)."""
+    fsdp: int = -1
+    """Data-parallel ranks that shard the parameters; -1 takes what is left of the world."""
+    tp: int = 1
+    """Tensor-parallel ranks, which split heads, vocabulary and, under SP, the sequence."""
+    ep: int | None = None
+    """Expert-parallel ranks; unset means `tp` where `expert_parallel` is on, otherwise 1."""
+    sequence_parallel: bool = False
+    """SP: shard the sequence over `tp` between the blocks."""
+    expert_parallel: bool = False
+    """EP: whole experts on each rank of `ep`."""
+    plan: dict[str, str] | None = None
+    """Own plan, pattern -> style, in place of the model's."""
+
+
+@dataclass(slots=True)
+class OptimConfig:
+    """AdamW, its schedule and the losses' coefficients."""
+
+    lr: float = 3e-4
+    """Peak learning rate."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay of the matrices."""
+    decay_all: bool = False
+    """Also decay norms, biases and the router."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global L2 norm."""
+    aux_coef: float = 0.0
+    """Weight of the router's load-balancing loss."""
+    schedule: ScheduleName = ScheduleName.cosine
+    """Learning rate after the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up."""
+    schedule_steps: int | None = None
+    """Step at which the schedule ends; default `steps`, and on resume the checkpoint's."""
+    min_lr_ratio: float = 0.1
+    """Final rate of `linear` and `cosine`, as a share of `lr`."""
+
+
+@dataclass(slots=True)
+class DataConfig:
+    """What to train on, and the sizes of a step."""
+
+    text: str | None = None
+    """Text to train on, given here."""
+    path: str | None = None
+    """File to train on: plain text, or JSONL with `text` in each line."""
+    tokenizer: str = "byte"
+    """`byte` (one token a byte) or the path of a tokenizer.json."""
+    seq_len: int | None = None
+    """Tokens of a sample; unset takes the length of the longest document."""
+    micro_batch_size: int = 1
+    """Sequences of one forward on one data rank."""
+    global_batch_size: int = 8
+    """Sequences of one optimizer step, over all ranks."""
+
+
+@dataclass(slots=True)
+class CheckpointConfig:
+    """When to save, what to keep, where to go on from."""
+
+    every: int | None = None
+    """Save after each so many steps; the last step is always saved."""
+    keep_last: int | None = None
+    """Keep this many of the newest checkpoints; unset keeps all."""
+    resume: str = "none"
+    """`none`, `auto` (newest complete checkpoint of this run, if any) or the path of a checkpoint or run."""
+
+
+@dataclass(slots=True)
+class LoggingConfig:
+    """Where metrics go."""
+
+    every: int = 1
+    """Console line after each so many steps; metrics.jsonl always has every step."""
+    wandb: WandbMode = WandbMode.disabled
+    """Weights & Biases: disabled, offline or online (which needs a login)."""
+    wandb_project: str = "moe_trainer"
+    """Project that wandb files the run under."""
+
+
+@dataclass(slots=True)
+class Config:
+    """One training run (`moe-train`)."""
+
+    run_name: str = "run"
+    """Name of the run's folder under `run_dir`; recipes set their own."""
+    run_dir: str = "runs"
+    """Folder that holds the runs."""
+    steps: int = 100
+    """Step to stop at, counted from the start of training."""
+    seed: int = 0
+    """Seed of the initial weights and of the order of samples."""
+    nproc: int | None = None
+    """Processes to start on this machine; default the product of the mesh sizes."""
+    device: DeviceName = DeviceName.auto
+    """Where to compute."""
+    dtype: DType = DType.auto
+    """Type of the computation; master weights are float32 (float64 for float64)."""
+    reduce_dtype: DType = DType.auto
+    """Type in which gradients are summed over data ranks; auto is float32 (float64 for float64)."""
+    print_plan: bool = False
+    """Print each parameter's style, placement and local shape, and stop."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the decoder."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Mesh sizes and flags."""
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    """Optimizer, schedule, loss coefficients."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to train on."""
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """Saving and resuming."""
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    """Console, files, wandb."""
+
+
+@dataclass(slots=True)
+class GenerateParallelConfig:
+    """Ranks of `moe-generate`."""
+
+    tp: int = 1
+    """tp = ep = N ranks with the plan `tp_ep`."""
+
+
+@dataclass(slots=True)
+class GenerateConfig:
+    """One generation (`moe-generate`)."""
+
+    checkpoint: str | None = None
+    """A checkpoint of ours, a run folder (its newest checkpoint) or a Hugging Face folder. Required."""
+    prompt: str | None = None
+    """Text to continue. Required."""
+    max_new_tokens: int = 256
+    """Tokens to add at most."""
+    temperature: float = 0.0
+    """0 is greedy; otherwise the logits are divided by it before sampling."""
+    top_k: int | None = None
+    """Sample among this many likeliest tokens."""
+    top_p: float = 1.0
+    """Sample among the likeliest tokens that together have this probability."""
+    seed: int = 0
+    """Seed of the sampling."""
+    device: DeviceName = DeviceName.auto
+    """Where to compute."""
+    dtype: DType = DType.auto
+    """Type of the computation."""
+    parallel: GenerateParallelConfig = field(default_factory=GenerateParallelConfig)
+    """Ranks."""
+
+
+@dataclass(slots=True)
+class ExportConfig:
+    """`moe-checkpoint export`."""
+
+    checkpoint: str | None = None
+    """A checkpoint of ours, or a run folder (its newest checkpoint). Required."""
+    out: str | None = None
+    """Folder to write, which must not exist yet. Required."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file (decimal units: KB, MB, GB); one file if all fits."""
+    dtype: DType = DType.float32
+    """Type of the written weights; float32 keeps the master weights bit for bit."""
+
+
+@dataclass(slots=True)
+class InspectConfig:
+    """`moe-checkpoint inspect` and `moe-checkpoint verify`."""
+
+    checkpoint: str | None = None
+    """A checkpoint of ours, or a run folder (its newest checkpoint). Required."""
