@@ -8,6 +8,7 @@ import datetime
 import faulthandler
 import multiprocessing
 import os
+import pickle
 import shutil
 import tempfile
 import time
@@ -61,7 +62,7 @@ def _outcome(
 ) -> tuple[bool, Any]:
     try:
         if receiver.poll(max(0.1, deadline - time.monotonic())):
-            return receiver.recv()
+            return pickle.loads(receiver.recv_bytes())
         return False, "no result in time"
     except EOFError:
         process.join(5)
@@ -96,9 +97,11 @@ def _rank(
     except BaseException:
         outcome = (False, traceback.format_exc())
     try:
-        sender.send(outcome)
+        # Plain pickle copies tensors; the connection's own would share memory that dies with this process.
+        payload = pickle.dumps(outcome)
     except Exception:
-        sender.send((False, traceback.format_exc()))
+        payload = pickle.dumps((False, traceback.format_exc()))
+    sender.send_bytes(payload)
     sender.close()
     # A rank that leaves early breaks the others' last collectives; leave without waiting, all results are sent.
     os._exit(0)

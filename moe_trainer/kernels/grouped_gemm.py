@@ -1,0 +1,71 @@
+"""One matrix product for each expert, over rows sorted by expert."""
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import FunctionCtx
+
+
+def grouped_gemm_supported(dtype: torch.dtype, *widths: int) -> bool:
+    """Whether PyTorch's grouped GEMM takes this type and these inner widths.
+
+    It wants rows of whole 16 bytes (8 values in bf16, 4 in fp32) and knows no float64; elsewhere the experts run one
+    after the other.
+    """
+    return dtype in (torch.bfloat16, torch.float32) and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`rows @ weight[e].T` for the rows of each expert e.
+
+    Args:
+        rows: [rows, in], sorted by expert.
+        weight: [num_experts, out, in].
+        offsets: [num_experts] int32, the end of each expert's rows; equal ends mean an expert without rows.
+
+    Returns:
+        [rows, out]. Rows at and past `offsets[-1]` belong to no expert: their values are undefined, and so are those
+        of their gradient. The weight's gradient is always dense, zero for an expert without rows: a rank that receives
+        no token still takes part in the gradient's reduction.
+    """
+    return _GroupedLinear.apply(rows, weight, offsets)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows, weight, offsets)
+        return _multiply(rows, weight.transpose(-2, -1), offsets)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+        rows, weight, offsets = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_rows = _multiply(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+        grad_weight = _outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
+        return grad_rows, grad_weight, None
+
+
+def _multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """[rows, a] x [num_experts, a, b] -> [rows, b]."""
+    if rows.shape[0] and grouped_gemm_supported(rows.dtype, *weight.shape[1:]):
+        return F.grouped_mm(rows, weight, offs=offsets)
+    out = rows.new_zeros(rows.shape[0], weight.shape[2])
+    for expert, (start, stop) in enumerate(_spans(offsets)):
+        torch.mm(rows[start:stop], weight[expert], out=out[start:stop])
+    return out
+
+
+def _outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """[rows, a] and [rows, b] -> [num_experts, a, b], summed over each expert's rows."""
+    if left.shape[0] and grouped_gemm_supported(left.dtype, left.shape[1], right.shape[1]):
+        return F.grouped_mm(left.transpose(0, 1), right, offs=offsets)
+    out = left.new_zeros(len(offsets), left.shape[1], right.shape[1])
+    for expert, (start, stop) in enumerate(_spans(offsets)):
+        torch.mm(left[start:stop].transpose(0, 1), right[start:stop], out=out[expert])
+    return out
+
+
+def _spans(offsets: torch.Tensor) -> list[tuple[int, int]]:
+    """(start, stop) of each expert's rows; reads the offsets on the host, which only the loop needs."""
+    stops = offsets.tolist()
+    return list(zip([0, *stops[:-1]], stops, strict=True))

@@ -1,0 +1,85 @@
+"""Causal self-attention with grouped queries (Ainslie et al., 2023) and a cache for generation."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe_trainer.models.linear import Linear
+from moe_trainer.models.rope import Rotation, rotate
+
+
+class KVCache:
+    """Keys and values of the tokens so far, for each layer; it holds the heads that this rank computes."""
+
+    def __init__(self, num_layers: int, max_seq_len: int) -> None:
+        self.max_seq_len = max_seq_len
+        self.lengths = [0] * num_layers
+        self._keys: list[torch.Tensor | None] = [None] * num_layers
+        self._values: list[torch.Tensor | None] = [None] * num_layers
+
+    @property
+    def length(self) -> int:
+        """Tokens that every layer has seen."""
+        return self.lengths[-1]
+
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add [batch, kv_heads, seq, head_dim] and return all of the layer's keys and values.
+
+        Raises:
+            ValueError: the sequence outgrows `max_seq_len`.
+        """
+        start, stop = self.lengths[layer], self.lengths[layer] + key.shape[2]
+        if stop > self.max_seq_len:
+            raise ValueError(f"the key-value cache holds {self.max_seq_len} tokens, {stop} were given")
+        if self._keys[layer] is None:
+            shape = (key.shape[0], key.shape[1], self.max_seq_len, key.shape[3])
+            self._keys[layer], self._values[layer] = key.new_empty(shape), value.new_empty(shape)
+        keys, values = self._keys[layer], self._values[layer]
+        keys[:, :, start:stop], values[:, :, start:stop] = key, value
+        self.lengths[layer] = stop
+        return keys[:, :, :stop], values[:, :, :stop]
+
+
+class Attention(nn.Module):
+    """q, k, v and output projections around PyTorch's scaled dot-product attention.
+
+    The number of heads is read off the projections' width, so a rank that holds some of the heads runs the same code.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, num_kv_heads: int, head_dim: int, layer: int) -> None:
+        super().__init__()
+        self.head_dim = head_dim
+        self.layer = layer
+        self.q_proj = Linear(hidden_size, num_heads * head_dim)
+        self.k_proj = Linear(hidden_size, num_kv_heads * head_dim)
+        self.v_proj = Linear(hidden_size, num_kv_heads * head_dim)
+        self.o_proj = Linear(num_heads * head_dim, hidden_size)
+
+    def forward(self, x: torch.Tensor, rope: Rotation, cache: KVCache | None = None) -> torch.Tensor:
+        """[batch, seq, hidden] -> [batch, seq, hidden]."""
+        query = rotate(self._heads(self.q_proj(x)), rope)  # [batch, heads, seq, head_dim]
+        key = rotate(self._heads(self.k_proj(x)), rope)  # [batch, kv_heads, seq, head_dim]
+        value = self._heads(self.v_proj(x))
+        if cache is not None:
+            key, value = cache.append(self.layer, key, value)
+        out = _attend(query, key, value)
+        return self.o_proj(out.transpose(1, 2).flatten(2))
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+
+
+def _attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention of the last `query.shape[2]` positions over all of `key`."""
+    seq, context = query.shape[2], key.shape[2]
+    mask = None
+    if 1 < seq < context:
+        mask = torch.ones(seq, context, dtype=torch.bool, device=query.device).tril(context - seq)
+    return F.scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=seq == context,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )

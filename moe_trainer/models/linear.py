@@ -1,0 +1,40 @@
+"""Leaves with a weight: `forward` calls `compute` with the module's own weights.
+
+A parallel style replaces `forward` of one instance by a function that passes the rank's local weights to the same
+`compute`, so the mathematics stands once and the leaf does not know that it is sharded.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class Linear(nn.Module):
+    """`x @ weight.T + bias`; weight [out_features, in_features]."""
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.compute(x, self.weight, self.bias)
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """[..., in_features] -> [..., out_features]."""
+        return F.linear(x, weight, bias)
+
+
+class Embedding(nn.Module):
+    """A row of weight [vocab, hidden] for each token id."""
+
+    def __init__(self, vocab_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.compute(input_ids, self.weight)
+
+    def compute(self, input_ids: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """[batch, seq] -> [batch, seq, hidden]."""
+        return F.embedding(input_ids, weight)

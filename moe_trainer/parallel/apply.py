@@ -1,0 +1,80 @@
+"""Makes a plain model parallel: parameters first, then the forward functions, then FSDP."""
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement, Shard
+
+from moe_trainer.config.schema import ModelConfig, ParallelConfig
+from moe_trainer.models.decoder import CausalLM
+from moe_trainer.models.plans import Plan
+from moe_trainer.models.registry import FAMILIES
+from moe_trainer.parallel.fsdp import Precision, shard_over_data
+from moe_trainer.parallel.mesh import Meshes
+from moe_trainer.parallel.plan import resolve_plan, select_parallel_plan, verify_plan
+from moe_trainer.parallel.styles import LeafStyle, ModuleStyle, ParallelContext, Style, WeightStyle
+
+
+def build_model(
+    cfg: ModelConfig, parallel: ParallelConfig, meshes: Meshes, precision: Precision, device: torch.device
+) -> tuple[CausalLM, ParallelContext]:
+    """The parallel model with memory for this rank's shards, whose values are still to be set.
+
+    Raises:
+        ConfigError: no plan for the flags, or one that does not fit the model.
+    """
+    family = FAMILIES[cfg.family]
+    with torch.device("meta"):
+        model = family.build(cfg).to(precision.master)
+    context = parallelize(model, select_parallel_plan(parallel, family.plans, cfg.family), meshes, precision)
+    return model.to_empty(device=device), context
+
+
+def parallelize(model: nn.Module, plan: Plan, meshes: Meshes, precision: Precision) -> ParallelContext:
+    """Split a model on the meta device by the plan over `tp` and `ep`, then by FSDP over the data axes.
+
+    Returns:
+        The context that the styles share; the loss needs its split of the sequence.
+
+    Raises:
+        ConfigError: the plan does not fit the model.
+    """
+    context = ParallelContext(meshes)
+    rules = resolve_plan(model, plan)
+    axes = {"tp": meshes.tp, "ep": meshes.ep}
+    active = {name: style for name, style in rules.items() if axes[style.axis] is not None}
+    for name, style in active.items():
+        _place(model, name, style, axes[style.axis])
+    for name, style in active.items():
+        if not isinstance(style, WeightStyle):
+            module = model.get_submodule(name)
+            module.forward = style.wrap(module, context)
+    verify_plan(model, rules, meshes)
+    shard_over_data(model, meshes, precision)
+    return context
+
+
+def _place(model: nn.Module, name: str, style: Style, mesh: DeviceMesh) -> None:
+    """Replace the parameters that the style places by DTensors on its axis."""
+    if isinstance(style, ModuleStyle):
+        return
+    if isinstance(style, WeightStyle):
+        owner, _, parameter = name.rpartition(".")
+        _shard(model.get_submodule(owner), parameter, style.placement, mesh)
+        return
+    module = model.get_submodule(name)
+    _shard(module, "weight", style.weight, mesh)
+    if isinstance(style, LeafStyle) and getattr(module, "bias", None) is not None:
+        _shard(module, "bias", style.bias, mesh)
+
+
+def _shard(module: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:
+    whole = getattr(module, name)
+    assert whole.is_meta, f"{name} already holds data: build the model on the meta device"
+    shape = list(whole.shape)
+    if isinstance(placement, Shard):
+        assert shape[placement.dim] % mesh.size() == 0, f"{name} {tuple(shape)} over {mesh.size()} ranks"
+        shape[placement.dim] //= mesh.size()
+    local = torch.empty(shape, dtype=whole.dtype, device="meta")
+    sharded = DTensor.from_local(local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
+    setattr(module, name, nn.Parameter(sharded, requires_grad=whole.requires_grad))

@@ -1,0 +1,45 @@
+"""Clipping by the global norm of gradients that live on different meshes."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor, Replicate
+
+from moe_trainer.parallel.shards import local_part
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients in place so that their global L2 norm is at most `max_norm` (Pascanu et al., 2013).
+
+    Each rank sums the squares of its own shards, a shard that several ranks hold divided among them, and one
+    all-reduce of one number over all ranks makes the global sum. Nothing is read on the host.
+
+    Returns:
+        The norm before clipping, a scalar on the device, equal on every rank.
+    """
+    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
+    grads = [local_part(parameter.grad) for parameter in with_grad]
+    norms = torch.stack(torch._foreach_norm(grads))
+    norms = norms.to(torch.promote_types(norms.dtype, torch.float32))
+    copies = torch.tensor([_copies(parameter) for parameter in with_grad], dtype=norms.dtype)
+    total = (norms.square() / copies.to(norms.device, non_blocking=True)).sum()
+    if dist.is_initialized():
+        dist.all_reduce(total)
+    norm = total.sqrt()
+    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    torch._foreach_mul_(grads, scale)
+    return norm
+
+
+def _copies(parameter: nn.Parameter) -> int:
+    """How many ranks of the world hold the same shard."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if not isinstance(parameter, DTensor):
+        return world
+    shards = 1
+    for axis, placement in enumerate(parameter.placements):
+        if not isinstance(placement, Replicate):
+            shards *= parameter.device_mesh.size(axis)
+    return world // shards

@@ -1,0 +1,68 @@
+"""FSDP2 over the data axes: it owns the master weights, the cast to the compute type and the sum of gradients."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Shard
+
+from moe_trainer.models.decoder import DecoderLayer
+from moe_trainer.models.moe import Experts, Router
+from moe_trainer.models.norm import RMSNorm
+from moe_trainer.parallel.mesh import Meshes
+from moe_trainer.parallel.shards import local_part
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Types of a run."""
+
+    compute: torch.dtype
+    """Of activations and of the weights they meet."""
+    master: torch.dtype
+    """Of the stored weights and the optimizer's moments."""
+    reduce: torch.dtype
+    """In which gradients are summed."""
+
+
+def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> None:
+    """Wrap each layer's experts, its norms and router, its rest, and at last the model's rest, each as one group.
+
+    Norms and router stay in the master type: they compute in it anyway, and the sum of their gradients over `tp`
+    runs in the type of the parameters. Gradients are summed, not averaged: the loss is divided once by the tokens of
+    the whole batch, so experts, which meet the tokens of several data ranks, need no factor of their own.
+    """
+    compute = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
+    master = MixedPrecisionPolicy(precision.master, precision.reduce, cast_forward_inputs=False)
+    dense, expert = meshes.dense_data, meshes.expert_data
+    for layer in model.modules():
+        if not isinstance(layer, DecoderLayer):
+            continue
+        for experts in layer.modules():
+            if isinstance(experts, Experts):
+                placement = expert_shard_dim(experts, expert)
+                fully_shard(experts, mesh=expert, mp_policy=compute, shard_placement_fn=placement)
+        precise = [module for module in layer.modules() if isinstance(module, (RMSNorm, Router))]
+        fully_shard(precise, mesh=dense, mp_policy=master)
+        fully_shard(layer, mesh=dense, mp_policy=compute)
+    fully_shard(model.model.norm, mesh=dense, mp_policy=master)
+    fully_shard(model, mesh=dense, mp_policy=compute)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def expert_shard_dim(experts: Experts, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard] | None:
+    """FSDP's dim of each expert weight: whole experts while there are enough for every rank, else `hidden`.
+
+    Never dim 1 of gate_up_proj, which has length 2. The hidden dim must divide evenly; the config checks it.
+    """
+    num_local_experts = len(local_part(experts.gate_up_proj))
+    if mesh.size(mesh.ndim - 1) <= num_local_experts:
+        return None
+    hidden_dims = {id(experts.gate_up_proj): 3, id(experts.down_proj): 1}
+    return lambda parameter: Shard(hidden_dims[id(parameter)])

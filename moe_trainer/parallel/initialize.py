@@ -1,0 +1,39 @@
+"""Initial weights that do not depend on the mesh."""
+
+import hashlib
+
+import torch
+from torch import nn
+
+from moe_trainer.models.moe import Experts
+from moe_trainer.models.norm import RMSNorm
+from moe_trainer.parallel.shards import local_box, local_part
+
+
+@torch.no_grad()
+def initialize(model: nn.Module, seed: int, std: float) -> None:
+    """Fill each rank's shards: norms with one, biases with zero, matrices from a normal distribution.
+
+    Each parameter, and each expert of an expert weight, has a random stream of its own, seeded by (seed, name, expert),
+    drawn on the CPU in float32. A rank draws one such tensor at a time and keeps its part, so it holds at most its
+    share and one tensor, and every mesh starts from the same weights.
+    """
+    for module_name, module in model.named_modules():
+        for name, parameter in module.named_parameters(module_name, recurse=False):
+            local = local_part(parameter)
+            if isinstance(module, RMSNorm):
+                local.fill_(1.0)
+            elif name.endswith(".bias"):
+                local.zero_()
+            elif isinstance(module, Experts):
+                experts, *rest = local_box(parameter)
+                for row, expert in enumerate(range(experts.start, experts.stop)):
+                    local[row] = _draw(f"{seed}:{name}:{expert}", parameter.shape[1:], std)[tuple(rest)]
+            else:
+                local.copy_(_draw(f"{seed}:{name}", parameter.shape, std)[local_box(parameter)])
+
+
+def _draw(key: str, shape: torch.Size, std: float) -> torch.Tensor:
+    digest = hashlib.sha256(key.encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.empty(shape).normal_(0.0, std, generator=generator)

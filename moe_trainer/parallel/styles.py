@@ -1,0 +1,262 @@
+"""The styles that a plan names: where a parameter lives, and which collectives surround a module.
+
+A style either places parameters and replaces the `forward` of a leaf by one on local weights (`LeafStyle`), or only
+places one expert weight (`WeightStyle`), or surrounds a module with collectives (`ModuleStyle`). All tensors in forward
+and backward are local; the DTensors say only where the parameters live and how their gradients are to be summed.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+
+from moe_trainer.models.linear import Embedding
+from moe_trainer.models.moe import Experts, Routing
+from moe_trainer.parallel.collectives import all_gather, all_reduce, copy_to_group, gather_replicated, reduce_scatter
+from moe_trainer.parallel.dispatch import dispatch
+from moe_trainer.parallel.mesh import Meshes
+from moe_trainer.parallel.sequence import SequenceShards
+
+
+class ParallelContext:
+    """What styles need of the run: the meshes and the current split of the sequence."""
+
+    def __init__(self, meshes: Meshes) -> None:
+        self.meshes = meshes
+        self.sequence = SequenceShards(meshes.tp.get_group()) if meshes.tp is not None else None
+
+    def group(self, axis: str) -> ProcessGroup:
+        """The ranks along `tp` or `ep`."""
+        mesh = self.meshes.tp if axis == "tp" else self.meshes.ep
+        assert mesh is not None, f"the mesh has no axis {axis}"
+        return mesh.get_group()
+
+
+Transform = Callable[[torch.Tensor, ParallelContext], torch.Tensor]
+
+
+def local_weight(weight: torch.Tensor | None, grad: Placement | None = None) -> torch.Tensor | None:
+    """The rank's part of a weight; its gradient is placed like the weight, or as `grad` says."""
+    if isinstance(weight, DTensor):
+        return weight.to_local(grad_placements=[grad or weight.placements[0]])
+    return weight
+
+
+@dataclass(frozen=True, slots=True)
+class WeightStyle:
+    """One expert weight, sharded on a dim along an axis. No communication of its own: the experts' style has it."""
+
+    placement: Placement
+    axis: str = "tp"
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleStyle:
+    """Collectives around a module: `wrap(module, context)` returns its new forward."""
+
+    wrap: Callable[[Any, ParallelContext], Callable[..., Any]]
+    axis: str = "tp"
+
+
+@dataclass(frozen=True, slots=True)
+class LeafStyle:
+    """A linear, embedding, norm or router computed on the rank's part of its weight, with `before` and `after` it."""
+
+    weight: Placement
+    weight_grad: Placement | None = None
+    """Of the local gradient, where it differs from the weight: Partial if the rank saw only some of the tokens."""
+    bias: Placement | None = None
+    bias_grad: Placement | None = None
+    before: Transform | None = None
+    after: Transform | None = None
+    axis: str = "tp"
+
+    def wrap(self, module: Any, context: ParallelContext) -> Callable[[torch.Tensor], Any]:
+        """The leaf's forward on local weights."""
+
+        def forward(x: torch.Tensor) -> Any:
+            if self.before is not None:
+                x = self.before(x, context)
+            weight = local_weight(module.weight, self.weight_grad)
+            bias = local_weight(getattr(module, "bias", None), self.bias_grad)
+            if bias is None:
+                out = module.compute(x, weight)
+                return out if self.after is None else self.after(out, context)
+            if isinstance(self.bias, Replicate):  # the outputs are summed over ranks: the bias is added once, after
+                return self.after(module.compute(x, weight), context) + bias
+            out = module.compute(x, weight, bias)
+            return out if self.after is None else self.after(out, context)
+
+        return forward
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingStyle:
+    """Rows of the vocabulary on each rank: ids of other ranks give zero, and `after` sums."""
+
+    after: Transform
+    weight: Placement = Shard(0)
+    axis: str = "tp"
+
+    def wrap(self, module: Embedding, context: ParallelContext) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The embedding's forward on local rows."""
+
+        def forward(input_ids: torch.Tensor) -> torch.Tensor:
+            weight = local_weight(module.weight)
+            context.sequence.batch, context.sequence.seq = input_ids.shape
+            local = input_ids - context.group("tp").rank() * len(weight)
+            elsewhere = (local < 0) | (local >= len(weight))
+            x = module.compute(local.masked_fill(elsewhere, 0), weight)
+            return self.after(x.masked_fill(elsewhere.unsqueeze(-1), 0), context)
+
+        return forward
+
+
+def _copy(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    return copy_to_group(x, context.group("tp"))
+
+
+def _sum(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    return all_reduce(x, context.group("tp"))
+
+
+def _gather_sequence(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    return context.sequence.gather(x)
+
+
+def _scatter_sequence(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    return context.sequence.scatter(x)
+
+
+def _gather_features(x: torch.Tensor, context: ParallelContext) -> torch.Tensor:
+    group = context.group("tp")
+    return gather_replicated(x, x.ndim - 1, [x.shape[-1]] * group.size(), group)
+
+
+def _on_input(before: Transform) -> ModuleStyle:
+    def wrap(module: nn.Module, context: ParallelContext) -> Callable[..., Any]:
+        forward = module.forward
+        return lambda x, *args: forward(before(x, context), *args)
+
+    return ModuleStyle(wrap)
+
+
+def _expert_weights(module: Experts) -> tuple[torch.Tensor, torch.Tensor]:
+    return local_weight(module.gate_up_proj), local_weight(module.down_proj)
+
+
+def _moe_tp_experts(module: Experts, context: ParallelContext) -> Callable[..., torch.Tensor]:
+    """Every rank has a slice of `intermediate` of every expert: its output, and its gradients of input and weights of
+    the combination, are parts of sums."""
+    group = context.group("tp")
+
+    def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        x, top_k_weights = copy_to_group(x, group), copy_to_group(top_k_weights, group)
+        return all_reduce(module.compute(x, top_k_index, top_k_weights, *_expert_weights(module)), group)
+
+    return forward
+
+
+def _moe_tp_experts_gather(module: Experts, context: ParallelContext) -> Callable[..., torch.Tensor]:
+    """The same between an all-gather of the ranks' tokens and a reduce-scatter of the outputs."""
+    group = context.group("tp")
+
+    def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        sizes = context.sequence.token_sizes
+        x, top_k_index, top_k_weights = (all_gather(t, 0, sizes, group) for t in (x, top_k_index, top_k_weights))
+        out = module.compute(x, top_k_index, top_k_weights, *_expert_weights(module))
+        return reduce_scatter(out, 0, sizes, group)
+
+    return forward
+
+
+def _ep_router(module: nn.Module, context: ParallelContext) -> Callable[..., Routing]:
+    """Each rank uses the weights of its own experts only, so their gradient is summed over `ep` on its way to the
+    router, which is then whole and equal on every rank."""
+    group, forward = context.group("ep"), module.forward
+
+    def routed(x: torch.Tensor) -> Routing:
+        routing = forward(x)
+        return routing._replace(top_k_weights=copy_to_group(routing.top_k_weights, group))
+
+    return routed
+
+
+def _moe_experts_allreduce(module: Experts, context: ParallelContext) -> Callable[..., torch.Tensor]:
+    """Every rank sees all tokens, computes the routes to its own experts, and one all-reduce sums the outputs."""
+    group = context.group("ep")
+
+    def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        weights = _expert_weights(module)
+        num_local_experts = len(weights[0])
+        local_index = top_k_index - group.rank() * num_local_experts
+        elsewhere = (local_index < 0) | (local_index >= num_local_experts)
+        local_index = local_index.masked_fill(elsewhere, num_local_experts)
+        return all_reduce(module.compute(copy_to_group(x, group), local_index, top_k_weights, *weights), group)
+
+    return forward
+
+
+def _moe_dispatch(module: Experts, context: ParallelContext) -> Callable[..., torch.Tensor]:
+    """All-to-all of each rank's own tokens to their experts and back; backward is the same in reverse."""
+    group = context.group("ep")
+
+    def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+        sent = dispatch(x, top_k_index, module.num_experts, group)
+        rows = module.compute_rows(sent.rows, sent.offsets, *_expert_weights(module))
+        return sent.combine(rows, top_k_weights)
+
+    return forward
+
+
+Style = LeafStyle | EmbeddingStyle | WeightStyle | ModuleStyle
+
+_SEEN_IN_PART = LeafStyle(Replicate(), weight_grad=Partial())
+
+STYLES: dict[str, Style] = {
+    # Linear: out_features split. Input whole, output this rank's features; the module around it sums the input's grad.
+    "colwise": LeafStyle(Shard(0), bias=Shard(0)),
+    # The same, then all-gather of the features; backward takes the rank's slice.
+    "colwise_all_gather": LeafStyle(Shard(0), bias=Shard(0), before=_copy, after=_gather_features),
+    # Linear: in_features split, partial outputs. Forward all-reduce; backward nothing.
+    "rowwise": LeafStyle(Shard(1), bias=Replicate(), after=_sum),
+    # Forward reduce-scatter along the sequence; backward all-gather. The bias sees only this rank's positions.
+    "rowwise_reduce_scatter": LeafStyle(
+        Shard(1), bias=Replicate(), bias_grad=Partial(), after=_scatter_sequence
+    ),
+    # Embedding: vocabulary split. Forward all-reduce of the looked-up rows; backward nothing.
+    "vocab_parallel": EmbeddingStyle(_sum),
+    # Forward reduce-scatter along the sequence; backward all-gather.
+    "vocab_parallel_reduce_scatter": EmbeddingStyle(_scatter_sequence),
+    # Head: vocabulary split, logits stay split for the vocab-parallel cross entropy. Backward all-reduce of the input.
+    "vocab_parallel_head": LeafStyle(Shard(0), bias=Shard(0), before=_copy),
+    # Forward all-gather along the sequence; backward reduce-scatter.
+    "vocab_parallel_head_gather": LeafStyle(Shard(0), bias=Shard(0), before=_gather_sequence),
+    # Norm on this rank's positions: weight whole, its gradient a part of the sum over `tp`.
+    "sequence_parallel": _SEEN_IN_PART,
+    # Any leaf with a whole weight that saw part of the tokens or heads: router under SP, norms of q and k.
+    "replicated_weight": _SEEN_IN_PART,
+    # Module: identity; backward is the one all-reduce for everything inside (q, k and v).
+    "replicate_input": _on_input(_copy),
+    # Module: all-gather along the sequence; backward reduce-scatter.
+    "gather_input": _on_input(_gather_sequence),
+    # gate_up_proj [num_experts, 2, intermediate, hidden] and down_proj [num_experts, hidden, intermediate]: split inside.
+    "moe_tp_gate_up_colwise": WeightStyle(Shard(2)),
+    "moe_tp_down_rowwise": WeightStyle(Shard(2)),
+    # Expert weights: whole experts on each rank of `ep`.
+    "grouped_gemm": WeightStyle(Shard(0), axis="ep"),
+    # Experts split inside. Forward all-reduce of the output; backward all-reduce of input and top_k_weights.
+    "moe_tp_experts": ModuleStyle(_moe_tp_experts),
+    # Forward all-gather of the tokens, reduce-scatter of the output; backward the reverse.
+    "moe_tp_experts_gather": ModuleStyle(_moe_tp_experts_gather),
+    # Router of whole experts on shared tokens. Forward nothing; backward all-reduce of top_k_weights.
+    "ep_router": ModuleStyle(_ep_router, axis="ep"),
+    # Whole experts on shared tokens. Forward all-reduce of the output; backward all-reduce of the input.
+    "moe_experts_allreduce": ModuleStyle(_moe_experts_allreduce, axis="ep"),
+    # Whole experts on each rank's own tokens. Forward two all-to-alls; backward two.
+    "moe_dispatch": ModuleStyle(_moe_dispatch, axis="ep"),
+}
