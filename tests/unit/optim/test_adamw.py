@@ -1,0 +1,163 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+from moe_trainer.config.schema import OptimConfig
+from moe_trainer.optim.adamw import build_adamw, optimizer_tensors, set_optimizer_step
+from moe_trainer.parallel.shards import local_box
+from moe_trainer.testing.pool import run_distributed
+
+OPTIM = OptimConfig(lr=1e-2, weight_decay=0.3)
+
+
+class Leaf(nn.Module):
+    """One weight and no forward: the tests hand out the gradients."""
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(*shape))
+
+
+class Moe(nn.Module):
+    """Parameters by the names and ranks of a real block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.norm = Leaf(6)
+        self.proj = Leaf(8, 6)
+        self.gate = Leaf(4, 6)
+        self.experts = Leaf(4, 2, 4, 6)
+
+
+def gradients(model: nn.Module, step: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return [torch.randn(parameter.shape, generator=generator) for parameter in model.parameters()]
+
+
+def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        for parameter, gradient in zip(model.parameters(), gradients(model, step), strict=True):
+            parameter.grad = gradient
+        optimizer.step()
+
+
+def lazy_adamw(model: Moe, **mode: bool) -> torch.optim.AdamW:
+    groups = [
+        {"params": [model.proj.weight, model.experts.weight], "weight_decay": OPTIM.weight_decay},
+        {"params": [model.norm.weight, model.gate.weight], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=OPTIM.lr, betas=(OPTIM.beta1, OPTIM.beta2), eps=OPTIM.eps, **mode)
+
+
+@pytest.mark.parametrize("decay_all", [False, True])
+def test_only_matrices_but_the_router_decay(decay_all):
+    names = {
+        "model.embed_tokens.weight": (8, 6),
+        "model.layers.0.mlp.gate.weight": (4, 6),
+        "model.layers.0.mlp.router.weight": (4, 6),
+        "model.layers.0.mlp.experts.gate_up_proj": (4, 2, 4, 6),
+        "model.layers.0.self_attn.q_proj.bias": (6,),
+        "model.norm.weight": (6,),
+    }
+    parameters = {name: nn.Parameter(torch.ones(shape)) for name, shape in names.items()}
+    optimizer = build_adamw(parameters.items(), OptimConfig(weight_decay=0.3, decay_all=decay_all), "cpu")
+    decayed = {id(each) for group in optimizer.param_groups if group["weight_decay"] for each in group["params"]}
+    expected = set(names) if decay_all else {"model.embed_tokens.weight", "model.layers.0.mlp.experts.gate_up_proj"}
+    assert {name for name, parameter in parameters.items() if id(parameter) in decayed} == expected
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len(names)
+
+
+@pytest.mark.parametrize(("device_type", "mode"), [("cpu", {"foreach": True}), ("cuda", {"fused": True})])
+def test_state_made_at_once_trains_bit_for_bit_like_lazy_state(device_type, mode):
+    # The fused kernel exists on the CPU too, which is how its branch is tested here.
+    ours, theirs = Moe(), Moe()
+    optimizer = build_adamw(ours.named_parameters(), OPTIM, device_type)
+    reference = lazy_adamw(theirs, **mode)
+    take_steps(ours, optimizer, range(3))
+    take_steps(theirs, reference, range(3))
+    for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        state, lazy = optimizer.state[mine], reference.state[other]
+        assert state.keys() == lazy.keys()
+        for key in state:
+            assert state[key].dtype == lazy[key].dtype and state[key].device == lazy[key].device
+            assert torch.equal(state[key], lazy[key])
+
+
+def test_state_loaded_in_place_goes_on_as_if_uninterrupted():
+    whole, resumed = Moe(), Moe()
+    optimizer = build_adamw(whole.named_parameters(), OPTIM, "cpu")
+    take_steps(whole, optimizer, range(2))
+    saved = {name: tensor.clone() for name, tensor in optimizer_tensors(optimizer, whole.named_parameters()).items()}
+    resumed.load_state_dict(copy.deepcopy(whole.state_dict()))
+    take_steps(whole, optimizer, range(2, 4))
+
+    fresh = build_adamw(resumed.named_parameters(), OPTIM, "cpu")
+    template = optimizer_tensors(fresh, resumed.named_parameters())
+    assert set(template) == {
+        f"{moment}.{name}" for moment in ("exp_avg", "exp_avg_sq") for name in whole.state_dict()
+    }
+    assert all(not tensor.any() for tensor in template.values())
+    for name, tensor in template.items():
+        tensor.copy_(saved[name])
+    set_optimizer_step(fresh, 2)
+    take_steps(resumed, fresh, range(2, 4))
+    for mine, other in zip(resumed.parameters(), whole.parameters(), strict=True):
+        assert torch.equal(mine, other)
+
+
+def test_meta_parameters_are_refused():
+    with pytest.raises(AssertionError, match="a is on the meta device"):
+        build_adamw([("a", nn.Parameter(torch.empty(2, device="meta")))], OPTIM, "cpu")
+
+
+def sharded_moe() -> Moe:
+    """Dense leaves on (fsdp, tp), experts on (efsdp, ep), by FSDP on top of the inner axis."""
+    dense = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    expert = init_device_mesh("cpu", (1, 4), mesh_dim_names=("efsdp", "ep"))
+    model = Moe()
+    inner = {"norm": [Replicate()], "proj": [Shard(0)], "gate": [Replicate()]}
+    for name, placements in inner.items():
+        leaf = getattr(model, name)
+        leaf.weight = nn.Parameter(distribute_tensor(leaf.weight.detach(), dense["tp"], placements))
+    experts = distribute_tensor(model.experts.weight.detach(), expert["ep"], [Shard(0)])
+    model.experts.weight = nn.Parameter(experts)
+    fully_shard(model.experts, mesh=expert["efsdp"])
+    fully_shard(model, mesh=dense["fsdp"])
+    return model
+
+
+def train_sharded(device_type: str) -> list[tuple[str, float]]:
+    """Largest difference from one process, after 3 steps, of every parameter."""
+    model, whole = sharded_moe(), Moe()
+    optimizer = build_adamw(model.named_parameters(), OPTIM, device_type)
+    for name, tensor in optimizer_tensors(optimizer, model.named_parameters()).items():
+        parameter = model.get_parameter(name.split(".", 1)[1])
+        assert isinstance(tensor, DTensor) and tensor.placements == parameter.placements
+        assert tensor.device_mesh == parameter.device_mesh and tensor.to_local().shape == parameter.to_local().shape
+    for step in range(3):
+        for parameter, gradient in zip(model.parameters(), gradients(whole, step), strict=True):
+            mine = gradient[local_box(parameter)].contiguous()
+            parameter.grad = DTensor.from_local(
+                mine, parameter.device_mesh, parameter.placements, shape=gradient.shape, stride=gradient.stride()
+            )
+        optimizer.step()
+    take_steps(whole, build_adamw(whole.named_parameters(), OPTIM, device_type), range(3))
+    pairs = zip(model.named_parameters(), whole.parameters(), strict=True)
+    return [
+        (name, (mine.to_local() - other[local_box(mine)]).abs().max().item() / other.abs().max().item())
+        for (name, mine), other in pairs
+    ]
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_dtensors_of_two_meshes_train_like_one_process(device_type):
+    for differences in run_distributed(train_sharded, 4, device_type):
+        assert len(differences) == 4
+        assert all(difference <= 1e-6 for _, difference in differences), differences
