@@ -81,6 +81,11 @@ class CausalLM(nn.Module):
         self.lm_head = Linear(hidden_size, vocab_size)
 
     def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> ModelOutput:
-        """Next-token logits for token ids [batch, seq]; with a cache, ids continue what it holds."""
+        """Next-token logits for token ids [batch, seq].
+
+        With a cache, ids continue what it holds, and the logits are those of the last position alone: [batch, 1, vocab].
+        """
         hidden, routings = self.model(input_ids, cache)
+        if cache is not None:
+            hidden = hidden[:, -1:]
         return ModelOutput(self.lm_head(hidden), routings)

@@ -1,4 +1,4 @@
-"""Makes a plain model parallel: parameters first, then the forward functions, then FSDP."""
+"""Makes a plain model parallel by a plan: parameters first, then the forward functions."""
 
 import torch
 from torch import nn
@@ -9,32 +9,32 @@ from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.plans import Plan
 from moe_trainer.models.registry import FAMILIES
-from moe_trainer.parallel.fsdp import Precision, shard_over_data
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.plan import resolve_plan, select_parallel_plan, verify_plan
 from moe_trainer.parallel.styles import LeafStyle, ModuleStyle, ParallelContext, Style, WeightStyle
 
 
 def build_model(
-    cfg: ModelConfig, parallel: ParallelConfig, meshes: Meshes, precision: Precision, device: torch.device
+    cfg: ModelConfig, parallel: ParallelConfig, meshes: Meshes, dtype: torch.dtype
 ) -> tuple[CausalLM, ParallelContext]:
-    """The parallel model with memory for this rank's shards, whose values are still to be set.
+    """The family's model on the meta device, split by the plan of the flags over `tp` and `ep`.
+
+    Next comes FSDP (for training), then `to_empty`, then the values.
+
+    Returns:
+        The model and the context that its styles share; the loss needs its split of the sequence.
 
     Raises:
         ConfigError: no plan for the flags, or one that does not fit the model.
     """
     family = FAMILIES[cfg.family]
     with torch.device("meta"):
-        model = family.build(cfg).to(precision.master)
-    context = parallelize(model, select_parallel_plan(parallel, family.plans, cfg.family), meshes, precision)
-    return model.to_empty(device=device), context
+        model = family.build(cfg).to(dtype)
+    return model, apply_plan(model, select_parallel_plan(parallel, family.plans, cfg.family), meshes)
 
 
-def parallelize(model: nn.Module, plan: Plan, meshes: Meshes, precision: Precision) -> ParallelContext:
-    """Split a model on the meta device by the plan over `tp` and `ep`, then by FSDP over the data axes.
-
-    Returns:
-        The context that the styles share; the loss needs its split of the sequence.
+def apply_plan(model: nn.Module, plan: Plan, meshes: Meshes) -> ParallelContext:
+    """Split a model on the meta device: its parameters first, then the forward functions.
 
     Raises:
         ConfigError: the plan does not fit the model.
@@ -50,7 +50,6 @@ def parallelize(model: nn.Module, plan: Plan, meshes: Meshes, precision: Precisi
             module = model.get_submodule(name)
             module.forward = style.wrap(module, context)
     verify_plan(model, rules, meshes)
-    shard_over_data(model, meshes, precision)
     return context
 
 

@@ -16,6 +16,10 @@ from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.shards import local_part
 
 
+PRECISE = (RMSNorm, Router)
+"""Modules that compute in float32 at least, and keep their weights so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Precision:
     """Types of a run."""
@@ -45,7 +49,7 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> N
             if isinstance(experts, Experts):
                 placement = expert_shard_dim(experts, expert)
                 fully_shard(experts, mesh=expert, mp_policy=compute, shard_placement_fn=placement)
-        precise = [module for module in layer.modules() if isinstance(module, (RMSNorm, Router))]
+        precise = [module for module in layer.modules() if isinstance(module, PRECISE)]
         fully_shard(precise, mesh=dense, mp_policy=master)
         fully_shard(layer, mesh=dense, mp_policy=compute)
     fully_shard(model.model.norm, mesh=dense, mp_policy=master)

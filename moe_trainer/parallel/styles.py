@@ -181,7 +181,8 @@ def _ep_router(module: nn.Module, context: ParallelContext) -> Callable[..., Rou
 
     def routed(x: torch.Tensor) -> Routing:
         routing = forward(x)
-        return routing._replace(top_k_weights=copy_to_group(routing.top_k_weights, group))
+        # Cloned because FSDP's hooks on what a module returns do not go with views.
+        return routing._replace(top_k_weights=copy_to_group(routing.top_k_weights, group).clone())
 
     return routed
 

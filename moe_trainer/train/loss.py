@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed import ProcessGroup
 
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.kernels.permute import tokens_per_expert
 from moe_trainer.models.decoder import ModelOutput
 from moe_trainer.models.moe import Routing
@@ -22,6 +23,16 @@ class Losses(NamedTuple):
     """Load-balancing loss before its coefficient."""
     expert_counts: torch.Tensor
     """[layers, num_experts], float: tokens sent to each expert by this data rank, padding left out."""
+
+    @classmethod
+    def zeros(cls, model: ModelConfig, device: torch.device) -> "Losses":
+        """Nothing yet."""
+        zero = torch.zeros((), device=device)
+        return cls(zero, zero, torch.zeros(model.num_layers, model.num_experts, device=device))
+
+    def add(self, other: "Losses") -> "Losses":
+        """Part by part."""
+        return Losses(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 class LossFn:
@@ -41,7 +52,7 @@ class LossFn:
         self.sequence = sequence
 
     def __call__(
-        self, output: ModelOutput, labels: torch.Tensor, num_tokens: torch.Tensor
+        self, output: ModelOutput, labels: torch.Tensor, num_tokens: int
     ) -> tuple[torch.Tensor, Losses]:
         """The loss to differentiate, and its parts, detached.
 

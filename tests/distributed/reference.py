@@ -10,7 +10,7 @@ from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.mixtral.model import build_mixtral
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_grad_norm
-from moe_trainer.parallel.fsdp import Precision
+from moe_trainer.parallel.fsdp import Precision, shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.shards import local_box, local_part
@@ -95,7 +95,7 @@ def _steps(model, loss_fn, data_rank, data_size, total, clip, full, case) -> Out
     loss, aux_loss, grad_norm, gradients, counts = [], [], [], {}, None
     for step, (ids, labels) in enumerate(batches(case.model, case.seq)):
         ids, labels = ids.to(case.device), labels.to(case.device)
-        num_tokens = (labels != -100).sum()
+        num_tokens = int((labels != -100).sum())
         shares = None
         for row in range(data_rank, GLOBAL_BATCH, data_size):
             to_differentiate, losses = loss_fn(model(ids[row : row + 1]), labels[row : row + 1], num_tokens)
@@ -140,7 +140,9 @@ def train_parallel(case: Case) -> Outcome | None:
     meshes = build_meshes(parallel, case.device)
     reduce = torch.promote_types(case.dtype, torch.float32)
     precision = Precision(case.compute or case.dtype, case.dtype, reduce)
-    model, context = build_model(case.model, parallel, meshes, precision, torch.device(case.device))
+    model, context = build_model(case.model, parallel, meshes, case.dtype)
+    shard_over_data(model, meshes, precision)
+    model.to_empty(device=case.device)
     initialize(model, 0, case.model.initializer_range)
     bend(model)
     vocab_group = meshes.tp.get_group() if meshes.tp is not None else None

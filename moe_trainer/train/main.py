@@ -1,0 +1,31 @@
+"""One rank of `moe-train`."""
+
+import torch.distributed as dist
+
+from moe_trainer.config.schema import Config
+from moe_trainer.observe.log import get_logger, setup_logging
+from moe_trainer.parallel.process_group import process_group
+from moe_trainer.train.trainer import Trainer
+
+_logger = get_logger(__name__)
+
+
+def run_training(cfg: Config) -> None:
+    """Train as `cfg` says. It is validated, with a concrete mesh and device.
+
+    Raises:
+        ConfigError: something that only shows with the data or the checkpoint in hand; on every rank alike.
+    """
+    with process_group(cfg.device) as device:
+        setup_logging(dist.get_rank())
+        trainer = Trainer(cfg, device)
+        trainer.start()
+        if trainer.state.step >= cfg.steps:
+            _logger.info(
+                "%s has taken %d steps already; steps=%d asks for no more",
+                trainer.run_folder,
+                trainer.state.step,
+                cfg.steps,
+            )
+            return
+        trainer.fit()

@@ -1,0 +1,79 @@
+"""What the plan does to each parameter, found out without ranks and without memory for the weights."""
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from moe_trainer.config.schema import Config
+from moe_trainer.config.validate import world_size_of
+from moe_trainer.models.registry import FAMILIES
+from moe_trainer.parallel.apply import build_model
+from moe_trainer.parallel.fsdp import shard_over_data
+from moe_trainer.parallel.mesh import build_meshes
+from moe_trainer.parallel.plan import rule_for, select_parallel_plan
+from moe_trainer.parallel.shards import local_part
+from moe_trainer.train.precision import resolve_precision
+
+Row = tuple[str, str, str, str, str]
+"""Parameter, global shape, style, placement, local shape on rank 0."""
+
+
+def plan_rows(cfg: Config) -> list[Row]:
+    """One row for each parameter of rank 0.
+
+    The real model is split on the meta device, in a process group that only pretends to have ranks.
+
+    Raises:
+        ConfigError: the plan does not fit the model.
+    """
+    # The fake backend registers itself on import; it is PyTorch's own, for questions like this one.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size_of(cfg.parallel))
+    try:
+        meshes = build_meshes(cfg.parallel, "cpu")
+        precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, torch.device("cpu"))
+        model, _ = build_model(cfg.model, cfg.parallel, meshes, precision.master)
+        shard_over_data(model, meshes, precision)
+        family = FAMILIES[cfg.model.family]
+        plan = select_parallel_plan(cfg.parallel, family.plans, cfg.model.family)
+        return [_row(name, parameter, plan) for name, parameter in model.named_parameters()]
+    finally:
+        dist.destroy_process_group()
+
+
+def print_plan(cfg: Config) -> None:
+    """Print the mesh and the table of `plan_rows` on stdout."""
+    parallel = cfg.parallel
+    rows = plan_rows(cfg)
+    table = Table("parameter", "shape", "style", "placement", "local shape", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*row)
+    print(
+        f"{world_size_of(parallel)} ranks: dp_replicate={parallel.dp_replicate} fsdp={parallel.fsdp} "
+        f"tp={parallel.tp} ep={parallel.ep}"
+    )
+    # Wide enough for every column: a table that is piped into a file must not be cut.
+    width = sum(max(len(row[column]) for row in rows) + 2 for column in range(5)) + 20
+    Console(width=width).print(table)
+
+
+def _row(name: str, parameter: nn.Parameter, plan: dict[str, str]) -> Row:
+    style = rule_for(name, plan) or rule_for(name.rpartition(".")[0], plan) or "-"
+    placement = "whole"
+    if isinstance(parameter, DTensor):
+        axes = zip(parameter.device_mesh.mesh_dim_names, parameter.placements, strict=True)
+        placement = " ".join(f"{axis}:{_short(placed)}" for axis, placed in axes)
+    return name, _shape(parameter.shape), style, placement, _shape(local_part(parameter).shape)
+
+
+def _short(placement: object) -> str:
+    dim = getattr(placement, "dim", None)
+    return "replicate" if dim is None else f"shard({dim})"
+
+
+def _shape(shape: torch.Size) -> str:
+    return "x".join(map(str, shape))

@@ -1,0 +1,269 @@
+"""The trainer: a sharded model, its optimizer, and the step."""
+
+import hashlib
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from moe_trainer.checkpoint.documents import model_config_from_json, model_config_to_json
+from moe_trainer.checkpoint.hf import load_hf
+from moe_trainer.checkpoint.manager import (
+    TENSORS,
+    CheckpointManager,
+    find_latest,
+    read_document,
+    resolve_checkpoint,
+)
+from moe_trainer.checkpoint.sharded import load_tensors
+from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.schema import Config
+from moe_trainer.config.store import to_yaml
+from moe_trainer.data.loader import Batch, build_loader
+from moe_trainer.models.registry import FAMILIES
+from moe_trainer.observe.flops import flops_per_token, peak_flops
+from moe_trainer.observe.log import get_logger
+from moe_trainer.observe.metrics import MetricsLog, expert_load, memory_gib, throughput
+from moe_trainer.optim.adamw import build_adamw, optimizer_tensors, set_optimizer_step
+from moe_trainer.optim.schedule import learning_rate, set_learning_rate
+from moe_trainer.parallel.apply import build_model
+from moe_trainer.parallel.clip import clip_grad_norm
+from moe_trainer.parallel.fsdp import shard_over_data
+from moe_trainer.parallel.initialize import initialize
+from moe_trainer.parallel.mesh import build_meshes
+from moe_trainer.train.loss import LossFn, Losses
+from moe_trainer.train.precision import resolve_precision
+from moe_trainer.train.state import TrainState
+
+_logger = get_logger(__name__)
+
+
+class StepMetrics(NamedTuple):
+    """What one step gives; the tensors stay on the device until somebody reads them."""
+
+    losses: Losses
+    grad_norm: torch.Tensor
+    lr: float
+    num_tokens: int
+
+
+class Trainer:
+    """One rank of a training run. The config is validated, its mesh and device concrete; a process group is up."""
+
+    def __init__(self, cfg: Config, device: torch.device) -> None:
+        self.cfg = cfg
+        self.device = device
+        self.meshes = build_meshes(cfg.parallel, device.type)
+        self.precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, device)
+        self.loader, self.tokenizer = build_loader(
+            cfg, cfg.model.vocab_size, self.meshes.data_rank, self.meshes.data_size
+        )
+        self.model, context = build_model(cfg.model, cfg.parallel, self.meshes, self.precision.master)
+        shard_over_data(self.model, self.meshes, self.precision)
+        self.model.to_empty(device=device)
+        self.loss_fn = LossFn(
+            cfg.model.num_experts,
+            cfg.optim.aux_coef,
+            vocab_group=self.meshes.tp.get_group() if self.meshes.tp is not None else None,
+            sequence=context.sequence if cfg.parallel.sequence_parallel else None,
+        )
+        self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim, device.type)
+        self.checkpoints = CheckpointManager(self.run_folder / "checkpoints", cfg.checkpoint.keep_last)
+        self.state = TrainState(cfg.seed, cfg.optim.schedule_steps or cfg.steps, self.loader.fingerprint())
+
+    @property
+    def run_folder(self) -> Path:
+        """Where the run writes."""
+        return Path(self.cfg.run_dir) / self.cfg.run_name
+
+    def start(self) -> None:
+        """Give the model its values: from a checkpoint, a Hugging Face folder or the seed."""
+        resume = self.cfg.checkpoint.resume
+        checkpoint = None
+        if resume == "auto":
+            checkpoint = find_latest(self.checkpoints.root)
+        elif resume != "none":
+            checkpoint = resolve_checkpoint(Path(resume))
+        if checkpoint is not None:
+            self.load(checkpoint)
+        elif self.cfg.model.init_from is not None:
+            family = FAMILIES[self.cfg.model.family]
+            parameters = dict(self.model.named_parameters())
+            load_hf(Path(self.cfg.model.init_from), parameters, lambda keys: family.key_map(self.cfg.model, keys))
+        else:
+            initialize(self.model, self.cfg.seed, self.cfg.model.initializer_range)
+
+    def fit(self) -> StepMetrics | None:
+        """Train until `steps`, saving as configured and at the end; returns the last step's metrics, if any."""
+        report = _Report(self) if dist.get_rank() == 0 else None
+        metrics, saved = None, self.state.step
+        try:
+            while self.state.step < self.cfg.steps:
+                metrics = self.train_step(self.loader.batch(self.state.samples).to(self.device))
+                if report is not None:
+                    report.take(self.state.step, self.state.tokens, metrics)
+                if is_due(self.state.step, self.cfg.checkpoint.every):
+                    saved = self._save(report)
+            if saved < self.state.step:
+                self._save(report)
+        finally:
+            if report is not None:
+                report.close()
+        return metrics
+
+    def train_step(self, batch: Batch) -> StepMetrics:
+        """One optimizer step on this rank's share [grad_accum_steps * micro_batch, seq] of the global batch."""
+        num_tokens = self.loader.num_tokens(self.state.samples)  # labels that count, of the global batch
+        self._seed_step()
+        shares = Losses.zeros(self.cfg.model, self.device)
+        for micro_batch in batch.split(self.loader.grad_accum_steps):  # [micro_batch, seq]
+            output = self.model(micro_batch.input_ids)
+            loss, losses = self.loss_fn(output, micro_batch.labels, num_tokens)
+            loss.backward()
+            shares = shares.add(losses)
+        losses = self._sum_over_data(shares)
+        grad_norm = clip_grad_norm(self.model.parameters(), self.cfg.optim.max_grad_norm)
+        rate = learning_rate(self.state.step, self.cfg.optim, self.state.schedule_steps)
+        set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.state.advance(self.loader.global_batch_size, num_tokens)
+        return StepMetrics(losses, grad_norm, rate, num_tokens)
+
+    def save(self) -> Path:
+        """Publish a checkpoint of this step. Collective; nothing happens if this step's is there already, unchanged."""
+        documents = {
+            "state.json": self.state.to_json(
+                mesh=asdict(self.cfg.parallel), world_size=dist.get_world_size(), torch=torch.__version__
+            ),
+            "model.json": model_config_to_json(self.cfg.model),
+            "config.yaml": to_yaml(self.cfg),
+            "tokenizer.json": self.tokenizer.to_str(pretty=True),
+        }
+        path = self.checkpoints.save(self.state.step, self._tensors(), documents)
+        _logger.info("saved %s", path)
+        return path
+
+    def load(self, checkpoint: Path) -> None:
+        """Go on from a checkpoint of any mesh. Collective.
+
+        The checkpoint's counts, seed and, unless the config names one, schedule horizon are kept; all else is the
+        config's.
+
+        Raises:
+            ConfigError: another model or other data than the config's, or a damaged file.
+        """
+        self._compare_model(checkpoint)
+        state = TrainState.from_json(read_document(checkpoint, "state.json"))
+        if state.data_fingerprint != self.state.data_fingerprint:
+            raise ConfigError(
+                f"{checkpoint} was trained on other samples: give the same data.text or data.path, data.seq_len and "
+                "data.tokenizer, or export the weights and start from them with model.init_from"
+            )
+        load_tensors(checkpoint / TENSORS, self._tensors())
+        set_optimizer_step(self.optimizer, state.step)
+        if self.cfg.optim.schedule_steps is not None:
+            state.schedule_steps = self.cfg.optim.schedule_steps
+        if state.seed != self.cfg.seed:
+            _logger.info("seed %d of the checkpoint is kept; seed=%d is not used", state.seed, self.cfg.seed)
+        self.state = state
+        self.loader.seed = state.seed
+        _logger.info("resumed from %s", checkpoint)
+
+    def _save(self, report: "_Report | None") -> int:
+        if report is not None:
+            report.flush()
+        self.save()
+        return self.state.step
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        named = list(self.model.named_parameters())
+        weights = {f"model.{name}": parameter for name, parameter in named}
+        return weights | {f"optim.{name}": t for name, t in optimizer_tensors(self.optimizer, named).items()}
+
+    def _compare_model(self, checkpoint: Path) -> None:
+        theirs = asdict(model_config_from_json(read_document(checkpoint, "model.json")))
+        ours = asdict(self.cfg.model)
+        differing = [
+            f"model.{key}={ours[key]} (there {theirs[key]})"
+            for key in ours
+            if key not in ("init_from", "initializer_range") and ours[key] != theirs[key]
+        ]
+        if differing:
+            raise ConfigError(f"{checkpoint} holds another model: {', '.join(differing)}")
+
+    def _seed_step(self) -> None:
+        """Random numbers are a function of (seed, step, data rank): resuming needs no saved generator."""
+        key = f"{self.state.seed}:{self.state.step}:{self.meshes.data_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
+
+    def _sum_over_data(self, shares: Losses) -> Losses:
+        """One all-reduce over all ranks; those of a tensor-parallel group hold the same share."""
+        flat = torch.cat([tensor.double().flatten() for tensor in shares])
+        dist.all_reduce(flat)
+        flat /= self.cfg.parallel.tp
+        return Losses(flat[0], flat[1], flat[2:].view_as(shares.expert_counts))
+
+
+class _Report:
+    """Rank 0's log: metrics are copied while the next step runs, and written one step late."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        cfg = trainer.cfg
+        trainer.run_folder.mkdir(parents=True, exist_ok=True)
+        (trainer.run_folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+        self._log = MetricsLog(trainer.run_folder, cfg, cfg.steps, trainer.state.step)
+        self._device = trainer.device
+        self._flops = flops_per_token(cfg.model, trainer.loader.seq_len)
+        on_cuda = trainer.device.type == "cuda"
+        self._peak = peak_flops(torch.cuda.get_device_name(trainer.device)) if on_cuda else None
+        self._logs_aux = cfg.optim.aux_coef != 0
+        self._counts_shape = (cfg.model.num_layers, cfg.model.num_experts)
+        self._pending: tuple[int, int, StepMetrics, torch.Tensor, torch.cuda.Event | None] | None = None
+        self._read_at = time.perf_counter()
+
+    def take(self, step: int, tokens: int, metrics: StepMetrics) -> None:
+        """Start copying this step's metrics, and write the step before."""
+        parts = (*metrics.losses, metrics.grad_norm)
+        values = torch.cat([part.double().flatten() for part in parts]).to("cpu", non_blocking=True)
+        event = None
+        if self._device.type == "cuda":
+            event = torch.cuda.Event()
+            event.record()
+        self.flush()
+        self._pending = (step, tokens, metrics, values, event)
+        if event is None:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        if self._pending is None:
+            return
+        step, tokens, metrics, values, event = self._pending
+        self._pending = None
+        if event is not None:
+            event.synchronize()
+        loss, aux_loss, *_, grad_norm = values.tolist()
+        now = time.perf_counter()
+        seconds, self._read_at = now - self._read_at, now
+        line = {"loss": loss}
+        if self._logs_aux:
+            line["aux_loss"] = aux_loss
+        line |= {"grad_norm": grad_norm, "lr": metrics.lr, "tokens": tokens}
+        line |= throughput(metrics.num_tokens, seconds, dist.get_world_size(), self._flops, self._peak)
+        line["memory_gib"] = memory_gib(self._device)
+        line |= expert_load(values[2:-1].view(self._counts_shape))
+        self._log.log(step, line)
+
+    def close(self) -> None:
+        """Write what is pending and finish the log."""
+        self.flush()
+        self._log.close()
+
+
+def is_due(step: int, every: int | None) -> bool:
+    """Whether something that happens each `every` steps happens after this one."""
+    return every is not None and step % every == 0
