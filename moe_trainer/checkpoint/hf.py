@@ -1,0 +1,269 @@
+"""Hugging Face safetensors folders, in and out, a tensor at a time.
+
+In: each rank reads only the slices that it keeps. Out: a header, then the bytes of one tensor after the other.
+Names and layouts are the family's business (`models/keymap.py`).
+"""
+
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from moe_trainer.checkpoint.agreement import agreed
+from moe_trainer.checkpoint.sharded import refuse_interleaved
+from moe_trainer.config.errors import ConfigError
+from moe_trainer.models.keymap import KeyMap, Piece, file_shapes, source_box, target_box, volume
+from moe_trainer.parallel.shards import Box, local_box, local_part
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+_READABLE = ("BF16", "F16", "F32", "F64")
+_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+
+
+def load_hf(
+    folder: Path, parameters: Mapping[str, torch.Tensor], key_map: Callable[[Collection[str]], KeyMap]
+) -> None:
+    """Fill this rank's shard of each parameter, in place, casting to the parameter's dtype. Collective.
+
+    Args:
+        folder: holds model.safetensors, or shards and model.safetensors.index.json.
+        parameters: name -> parameter, all of the model's.
+        key_map: from the names in the folder to the family's layout.
+
+    Raises:
+        ConfigError: a file that is missing, damaged or outside the folder; or every tensor that is missing,
+            unexpected, of the wrong shape or of an unreadable dtype, and every parameter not covered. No parameter
+            has been changed then.
+    """
+    with agreed("reading Hugging Face weights"), ExitStack() as stack:
+        files = _Files(folder, stack)
+        pieces = key_map(files.keys())
+        _check(folder, files, pieces, parameters)
+        for name, parameter in parameters.items():
+            box, local = local_box(parameter), local_part(parameter)
+            assert list(local.shape) == [part.stop - part.start for part in box], name
+            for piece in pieces[name]:
+                _fill(local, box, piece, parameter.shape, files)
+
+
+def _fill(local: torch.Tensor, box: Box, piece: Piece, shape: Sequence[int], files: "_Files") -> None:
+    """Copy what a piece and a rank's block have in common."""
+    target, kept = target_box(piece, shape)
+    source = source_box(piece, shape)
+    common = tuple(slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(box, target, strict=True))
+    if any(part.stop <= part.start for part in common):
+        return
+    wanted = tuple(
+        slice(
+            source[position].start + common[dim].start - target[dim].start,
+            source[position].start + common[dim].stop - target[dim].start,
+        )
+        for position, dim in enumerate(kept)
+    )
+    place: list[int | slice] = [
+        slice(part.start - own.start, part.stop - own.start) for part, own in zip(common, box, strict=True)
+    ]
+    for dim in set(range(len(place))) - set(kept):
+        place[dim] = common[dim].start - box[dim].start
+    with torch.no_grad():
+        local[tuple(place)].copy_(files.read(piece.key, wanted))  # casts
+
+
+def _check(folder: Path, files: "_Files", pieces: KeyMap, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Everything in the folder is used, everything in the model is filled."""
+    problems = [f"no place in the file layout for parameter {name}" for name in parameters if name not in pieces]
+    known = {name: pieces[name] for name in pieces if name in parameters}
+    shapes = {name: tuple(parameters[name].shape) for name in known}
+    expected, found = file_shapes(known, shapes), files.keys()
+    problems += [f"missing: {key}" for key in expected if key not in found]
+    problems += [f"unexpected: {key}" for key in found if key not in expected]
+    for key in sorted(expected.keys() & found):
+        shape, dtype = files.describe(key)
+        if shape != expected[key]:
+            problems.append(f"{key}: shape {list(shape)} in the file, {list(expected[key])} here")
+        if dtype not in _READABLE:
+            problems.append(f"{key}: {dtype} is not one of {', '.join(_READABLE)}")
+    for name, parameter in parameters.items():
+        refuse_interleaved(name, parameter)
+    if problems:
+        raise ConfigError(f"{folder} does not fit the model: {'; '.join(problems)}")
+    for name, parts in known.items():
+        covered = sum(volume(target_box(piece, shapes[name])[0]) for piece in parts)
+        assert covered == parameters[name].numel(), f"the key map covers {covered} elements of {name}"
+
+
+class _Files:
+    """The tensors of a folder, by name; files are opened when first needed."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._stack = stack
+        self._handles = {path: self._open(path) for path in _paths(folder)}
+        self._where = {key: path for path, handle in self._handles.items() for key in handle.keys()}
+        counted = sum(len(handle.keys()) for handle in self._handles.values())
+        if counted != len(self._where):
+            raise ConfigError(f"{folder}: two files hold a tensor of the same name")
+        if (folder / INDEX).exists():
+            self._compare_index(folder, _weight_map(folder))
+        for key in [key for key in self._where if key.endswith("rotary_emb.inv_freq")]:
+            del self._where[key]  # a constant that old files carry
+
+    def keys(self) -> Set[str]:
+        return self._where.keys()
+
+    def describe(self, key: str) -> tuple[tuple[int, ...], str]:
+        """Shape and safetensors dtype."""
+        stored = self._handles[self._where[key]].get_slice(key)
+        return tuple(stored.get_shape()), stored.get_dtype()
+
+    def read(self, key: str, box: Box) -> torch.Tensor:
+        """One block of a tensor; no other bytes of it are read."""
+        try:
+            stored = self._handles[self._where[key]].get_slice(key)
+            return stored[box]
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{self._where[key]} cannot be read: {error}") from error
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
+        except (SafetensorError, OSError) as error:
+            raise ConfigError(f"{path} is missing, truncated or damaged: {error}") from error
+
+    def _compare_index(self, folder: Path, weight_map: Mapping[str, str]) -> None:
+        wrong = [key for key, file in weight_map.items() if self._where.get(key) != folder / file]
+        if wrong:
+            raise ConfigError(f"{folder / INDEX}: not in the file that it names: {', '.join(sorted(wrong))}")
+
+
+def _paths(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder")
+    single, index = (folder / SINGLE).exists(), (folder / INDEX).exists()
+    if single and index:
+        raise ConfigError(f"{folder} holds both {SINGLE} and {INDEX}; keep the one that is meant")
+    if single:
+        return [folder / SINGLE]
+    if index:
+        return [folder / file for file in sorted(set(_weight_map(folder).values()))]
+    if any(folder.glob("*.bin")):
+        raise ConfigError(f"{folder} holds only .bin files, which can run code when read; convert it to safetensors")
+    raise ConfigError(f"{folder} holds neither {SINGLE} nor {INDEX}")
+
+
+def _weight_map(folder: Path) -> dict[str, str]:
+    path = folder / INDEX
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        files = [PurePosixPath(file) for file in weight_map.values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    for file in files:
+        # By name only: the hub's own cache is made of links that lead elsewhere.
+        if file.is_absolute() or ".." in file.parts:
+            raise ConfigError(f"{path} names a file outside its folder: {file}")
+    return weight_map
+
+
+@dataclass(frozen=True, slots=True)
+class LazyTensor:
+    """A tensor that is made when its turn to be written comes."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        return volume([slice(0, size) for size in self.shape]) * self.dtype.itemsize
+
+
+def write_hf(out: Path, tensors: Iterable[LazyTensor], documents: Mapping[str, str], max_shard_bytes: int) -> None:
+    """Write a Hugging Face folder: all of it or nothing. For one process; holds one tensor at a time.
+
+    Args:
+        out: must not exist; written as `out.tmp` first.
+        tensors: written in this order, so that neighbours may share work.
+        documents: file name -> text.
+        max_shard_bytes: most bytes of tensors in a file, save for a single larger tensor.
+
+    Raises:
+        ConfigError: `out` or `out.tmp` exists, or the disk refused.
+    """
+    temporary = out.with_name(out.name + ".tmp")
+    for path in (out, temporary):
+        if path.exists() or path.is_symlink():
+            raise ConfigError(f"{path} exists already; remove it or choose another out")
+    shards = _split(list(tensors), max_shard_bytes)
+    try:
+        temporary.mkdir(parents=True)
+        names = (
+            [SINGLE]
+            if len(shards) == 1
+            else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
+        )
+        for name, shard in zip(names, shards, strict=True):
+            _write_file(temporary / name, shard)
+        if len(shards) > 1:
+            documents = {**documents, INDEX: _index(names, shards)}
+        for name, text in documents.items():
+            (temporary / name).write_text(text, encoding="utf-8")
+        temporary.rename(out)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _split(tensors: list[LazyTensor], max_shard_bytes: int) -> list[list[LazyTensor]]:
+    shards: list[list[LazyTensor]] = [[]]
+    size = 0
+    for tensor in tensors:
+        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards
+
+
+def _index(names: list[str], shards: list[list[LazyTensor]]) -> str:
+    weight_map = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    total = sum(tensor.num_bytes for shard in shards for tensor in shard)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    return json.dumps(index, indent=2) + "\n"
+
+
+def _write_file(path: Path, tensors: list[LazyTensor]) -> None:
+    """Format: 8 bytes length of the header, the header in JSON, then the tensors' bytes, little-endian."""
+    assert sys.byteorder == "little"
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        span = [offset, offset + tensor.num_bytes]
+        header[tensor.key] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        offset = span[1]
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for tensor in tensors:
+            _write_tensor(file, tensor)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_tensor(file: BinaryIO, tensor: LazyTensor) -> None:
+    value = tensor.load().detach()
+    assert tuple(value.shape) == tensor.shape and value.dtype == tensor.dtype, tensor.key
+    raw = value.cpu().contiguous().reshape(-1).view(torch.uint8)
+    file.write(memoryview(raw.numpy()))

@@ -1,0 +1,184 @@
+"""A rank that fails or dies while a checkpoint is saved."""
+
+import logging
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from moe_trainer.checkpoint import manager as manager_module
+from moe_trainer.checkpoint import sharded as sharded_module
+from moe_trainer.checkpoint.manager import CheckpointManager, find_latest, resolve_checkpoint, verify
+from moe_trainer.checkpoint.sharded import load_tensors, save_tensors
+from moe_trainer.config.errors import ConfigError
+from moe_trainer.testing.pool import run_distributed
+
+
+def tensors(value: float) -> dict[str, torch.Tensor]:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    whole = torch.full((4, 64), float(value))
+    return {f"w{i}": distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None) for i in range(2)}
+
+
+def save_steps(root: Path, first: int, last: int) -> list[str]:
+    manager = CheckpointManager(root, keep_last=2)
+    return [manager.save(step, tensors(step), {"state.json": f"{step}"}).name for step in range(first, last + 1)]
+
+
+def test_save_on_two_ranks(tmp_path: Path) -> None:
+    names = [f"step-0000000{step}" for step in (1, 2, 3)]
+    assert run_distributed(save_steps, 2, tmp_path, 1, 3) == [names] * 2
+    assert {path.name for path in tmp_path.iterdir()} == {"LATEST", *names[1:]}
+    verify(tmp_path / names[2])
+    files = {path.name for path in (tmp_path / names[2] / "tensors").iterdir()}
+    assert files == {".metadata", "__0_0.distcp", "__1_0.distcp"}
+
+
+def fail_on_rank_one(root: Path, where: str) -> str:
+    CheckpointManager(root, keep_last=None).save(1, tensors(1), {})
+
+    def fail(*_: object, **__: object) -> None:
+        if dist.get_rank() == 1:
+            raise OSError(28, "No space left on device")
+
+    real = {"hash": manager_module._record_files, "write": sharded_module.dcp.FileSystemWriter.write_data}
+    if where == "hash":
+        manager_module._record_files = lambda *args: fail() or real["hash"](*args)
+    else:
+        sharded_module.dcp.FileSystemWriter.write_data = lambda *args: fail() or real["write"](*args)
+    try:
+        CheckpointManager(root, keep_last=None).save(2, tensors(2), {})
+    except (ConfigError, RuntimeError) as error:
+        return f"{type(error).__name__} {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("where", ["hash", "write"])
+def test_error_on_one_rank_is_raised_on_all(tmp_path: Path, where: str) -> None:
+    messages = set(run_distributed(fail_on_rank_one, 2, tmp_path, where))
+    assert len(messages) == 1
+    message = messages.pop()
+    assert message.startswith("ConfigError") and "[Errno 28] No space left on device" in message, message
+    assert {path.name for path in tmp_path.iterdir()} == {"LATEST", "step-00000001"}
+    assert find_latest(tmp_path) == tmp_path / "step-00000001"
+
+
+def look_from_each_rank(root: Path) -> list[str]:
+    logging.disable()
+    # Only rank 0 looks: the others are pointed at nothing and still get its answer.
+    mine = root if dist.get_rank() == 0 else root / "nothing"
+    answers = [str(find_latest(mine)), str(resolve_checkpoint(mine))]
+    try:
+        resolve_checkpoint(root / "gone" if dist.get_rank() == 0 else root)
+    except ConfigError as error:
+        answers.append(str(error))
+    return answers
+
+
+def test_rank_zero_decides_for_all(tmp_path: Path) -> None:
+    run_distributed(save_steps, 2, tmp_path, 1, 2)
+    (tmp_path / "step-00000002" / "tensors" / "__1_0.distcp").write_bytes(b"")
+    answers = run_distributed(look_from_each_rank, 2, tmp_path)
+    expected = str(tmp_path / "step-00000001")
+    assert answers[0] == answers[1] == [expected, expected, f"checkpoint: {tmp_path / 'gone'} is not a folder"]
+
+
+def packed_layout(root: Path) -> list[str]:
+    """gate and up rows in one dim, split as the TP plan of others does; DCP would load wrong rows."""
+    mesh = init_device_mesh("cpu", (2,))
+    packed = DTensor.from_local(
+        torch.zeros(3, 4, 5), mesh, [_StridedShard(1, split_factor=2)], run_check=False,
+        shape=torch.Size([3, 8, 5]), stride=(40, 5, 1),
+    )  # fmt: skip
+    twice = distribute_tensor(
+        torch.zeros(8), init_device_mesh("cpu", (2, 1)), [Shard(0), Shard(0)], src_data_rank=None
+    )
+    messages = []
+    save_tensors(root / "fine", {"twice": twice})  # an axis of one rank splits nothing
+    save_tensors(root / "plain", {"gate_up": torch.zeros(3, 8, 5)})
+    for action in (
+        lambda: save_tensors(root / "packed", {"gate_up": packed}),
+        lambda: load_tensors(root / "plain", {"gate_up": packed}),
+    ):
+        try:
+            action()
+        except ConfigError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_packed_layout_is_refused_in_both_directions(tmp_path: Path) -> None:
+    for messages in run_distributed(packed_layout, 2, tmp_path):
+        assert len(messages) == 2
+        assert all("gate_up: placements" in message and "interleave rows" in message for message in messages)
+    assert not (tmp_path / "packed").exists()
+
+
+def save_and_die(root: Path, victim: int, nth: int) -> int:
+    """Save steps 1 to 3; rank `victim` is killed at its n-th change of a file below root. Returns the changes."""
+    changes = 0
+
+    def is_change(event: str, arguments: tuple[Any, ...]) -> bool:
+        inside = bool(arguments) and str(root) in str(arguments[0])
+        if event == "open":  # path, mode, flags
+            return inside and bool(arguments[2] & (os.O_WRONLY | os.O_RDWR))
+        if event in ("os.remove", "os.rmdir"):  # path, descriptor of the folder: rmtree gives names relative to it
+            return inside or arguments[1] != -1
+        return inside and event in ("os.rename", "os.mkdir")
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal changes
+        if is_change(event, arguments):
+            changes += 1
+            if dist.get_rank() == victim and changes == nth:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+    for step in (1, 2, 3):
+        save_steps(root, step, step)
+        if dist.get_rank() == 0:
+            root.with_name("acknowledged").write_text(str(step))
+        dist.barrier()
+    return changes
+
+
+def check_after_crash(root: Path) -> None:
+    """The newest checkpoint is whole, no older than the last that was acknowledged, and training can go on."""
+    acknowledged = root.with_name("acknowledged")
+    at_least = int(acknowledged.read_text()) if acknowledged.exists() else 0
+    newest = find_latest(root)
+    step = 0 if newest is None else int(newest.name[-8:])
+    assert step >= at_least
+    if newest is not None:
+        loaded = {f"w{i}": torch.zeros(4, 64) for i in range(2)}
+        load_tensors(newest / "tensors", loaded)
+        assert all(bool((value == step).all()) for value in loaded.values())
+        assert (newest / "state.json").read_text() == str(step)
+    save_steps(root, step + 1, step + 1)
+    assert find_latest(root) == root / f"step-{step + 1:08d}"
+    assert not list(root.glob("*.tmp")) and not list(root.glob("*.del"))
+
+
+@pytest.mark.parametrize(
+    ("world", "victim", "every", "at_least"),
+    [(1, 0, 1, 30), (2, 0, 17, 30), (2, 1, 2, 3)],
+    ids=["alone_every_change", "rank_0_some", "rank_1_some"],
+)
+def test_killed_while_saving(tmp_path: Path, world: int, victim: int, every: int, at_least: int) -> None:
+    (tmp_path / "whole").mkdir()
+    changes = run_distributed(save_and_die, world, tmp_path / "whole" / "root", -1, 0)[victim]
+    assert changes >= at_least
+    for nth in range(1, changes + 1, every):
+        root = tmp_path / f"killed-{nth}" / "root"
+        root.parent.mkdir()
+        with pytest.raises(RuntimeError, match=f"rank {victim}: died with exit code -9"):
+            run_distributed(save_and_die, world, root, victim, nth, timeout=20)
+        run_distributed(check_after_crash, 1, root)
