@@ -134,7 +134,7 @@ class Trainer:
         return StepMetrics(losses, grad_norm, rate, num_tokens)
 
     def save(self) -> Path:
-        """Publish a checkpoint of this step. Collective; nothing happens if this step's is there already, unchanged."""
+        """Publish a checkpoint of this step. Collective."""
         documents = {
             "state.json": self.state.to_json(
                 mesh=asdict(self.cfg.parallel), world_size=dist.get_world_size(), torch=torch.__version__
@@ -177,6 +177,8 @@ class Trainer:
         if report is not None:
             report.flush()
         self.save()
+        if report is not None:
+            report.skip_time()
         return self.state.step
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -209,7 +211,7 @@ class Trainer:
 
 
 class _Report:
-    """Rank 0's log: metrics are copied while the next step runs, and written one step late."""
+    """Rank 0's log: on CUDA, metrics are copied while the next step runs, and written one step late."""
 
     def __init__(self, trainer: Trainer) -> None:
         cfg = trainer.cfg
@@ -222,46 +224,72 @@ class _Report:
         self._peak = peak_flops(torch.cuda.get_device_name(trainer.device)) if on_cuda else None
         self._logs_aux = cfg.optim.aux_coef != 0
         self._counts_shape = (cfg.model.num_layers, cfg.model.num_experts)
-        self._pending: tuple[int, int, StepMetrics, torch.Tensor, torch.cuda.Event | None] | None = None
-        self._read_at = time.perf_counter()
+        self._pending: _Taken | None = None
+        self._last = _Mark(self._device)
 
     def take(self, step: int, tokens: int, metrics: StepMetrics) -> None:
         """Start copying this step's metrics, and write the step before."""
         parts = (*metrics.losses, metrics.grad_norm)
         values = torch.cat([part.double().flatten() for part in parts]).to("cpu", non_blocking=True)
-        event = None
-        if self._device.type == "cuda":
-            event = torch.cuda.Event()
-            event.record()
+        taken = _Taken(step, tokens, metrics, values, self._last, _Mark(self._device))
+        self._last = taken.end
         self.flush()
-        self._pending = (step, tokens, metrics, values, event)
-        if event is None:
+        self._pending = taken
+        if self._device.type == "cpu":
             self.flush()
 
     def flush(self) -> None:
         """Write what is pending."""
         if self._pending is None:
             return
-        step, tokens, metrics, values, event = self._pending
-        self._pending = None
-        if event is not None:
-            event.synchronize()
-        loss, aux_loss, *_, grad_norm = values.tolist()
-        now = time.perf_counter()
-        seconds, self._read_at = now - self._read_at, now
+        taken, self._pending = self._pending, None
+        seconds = taken.end.seconds_since(taken.start)  # waits for the copy too, which was queued before the mark
+        loss, aux_loss, *_, grad_norm = taken.values.tolist()
         line = {"loss": loss}
         if self._logs_aux:
             line["aux_loss"] = aux_loss
-        line |= {"grad_norm": grad_norm, "lr": metrics.lr, "tokens": tokens}
-        line |= throughput(metrics.num_tokens, seconds, dist.get_world_size(), self._flops, self._peak)
+        line |= {"grad_norm": grad_norm, "lr": taken.metrics.lr, "tokens": taken.tokens}
+        line |= throughput(taken.metrics.num_tokens, seconds, dist.get_world_size(), self._flops, self._peak)
         line["memory_gib"] = memory_gib(self._device)
-        line |= expert_load(values[2:-1].view(self._counts_shape))
-        self._log.log(step, line)
+        line |= expert_load(taken.values[2:-1].view(self._counts_shape))
+        self._log.log(taken.step, line)
+
+    def skip_time(self) -> None:
+        """What happened since the last step, such as a checkpoint, is not the next step's time."""
+        self._last = _Mark(self._device)
 
     def close(self) -> None:
         """Write what is pending and finish the log."""
         self.flush()
         self._log.close()
+
+
+class _Mark:
+    """A moment in the device's work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
+        if self._event is not None:
+            self._event.record()
+        self._at = time.perf_counter()
+
+    def seconds_since(self, earlier: "_Mark") -> float:
+        """Seconds between two marks; on CUDA it waits for this one to pass."""
+        if self._event is None:
+            return self._at - earlier._at
+        self._event.synchronize()
+        return earlier._event.elapsed_time(self._event) / 1000
+
+
+class _Taken(NamedTuple):
+    """Metrics on their way to the log."""
+
+    step: int
+    tokens: int
+    metrics: StepMetrics
+    values: torch.Tensor
+    start: _Mark
+    end: _Mark
 
 
 def is_due(step: int, every: int | None) -> bool:

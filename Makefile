@@ -1,0 +1,32 @@
+# Everything runs in .venv, made on first use with the versions of constraints.txt.
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: demo test checks golden wheel clean
+
+demo: $(READY)
+	$(BIN)/python scripts/overfit_demo.py
+
+# make test ARGS="-m 'not slow' tests/unit"
+test: $(READY)
+	$(BIN)/python -m pytest $(ARGS)
+
+checks: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/lint-imports
+
+# Rewrites tests/golden; read the diff.
+golden: $(READY)
+	UPDATE_GOLDEN=1 $(BIN)/python -m pytest tests/golden
+
+wheel: $(READY)
+	$(BIN)/python -m pip wheel --no-deps --no-build-isolation --wheel-dir dist .
+
+clean:
+	rm -rf .venv build dist .pytest_cache .ruff_cache .import_linter_cache
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,70 @@
+"""What the commands share: exit codes, who speaks, and what the environment says about ranks and GPUs."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from moe_trainer.cli.launch import end_with_parent, report_to_launcher, was_launched
+from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.schema import DeviceName
+
+
+def run_command(name: str, body: Callable[[], int]) -> int:
+    """The exit code of `body`: 2 and one line on stderr for the user's mistake, 130 for Ctrl-C.
+
+    Of several ranks one speaks: under `launch` the launcher does, under another torchrun rank 0.
+    """
+    if was_launched():
+        end_with_parent()
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        return body()
+    except ConfigError as error:
+        line = f"{name}: {' '.join(str(error).split())}"
+        if was_launched():
+            report_to_launcher(line)
+        elif is_first_rank():
+            print(line, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def is_first_rank() -> bool:
+    """Whether this is rank 0, or the only process."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def world_size_from_env() -> int | None:
+    """Number of ranks under torchrun; None elsewhere."""
+    return _number("WORLD_SIZE") if "RANK" in os.environ else None
+
+
+def local_world_size_from_env() -> int | None:
+    """Number of this machine's ranks under torchrun; None elsewhere."""
+    return _number("LOCAL_WORLD_SIZE") if "RANK" in os.environ else None
+
+
+def count_gpus(device: DeviceName) -> int:
+    """GPUs that this machine shows; 0 for `device=cpu`, which spares the import of torch."""
+    if device is DeviceName.cpu:
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _number(name: str) -> int | None:
+    text = os.environ.get(name)
+    if text is not None and not text.isdecimal():
+        raise ConfigError(f"the environment variable {name}={text} must be a number")
+    return None if text is None else int(text)
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    # As an exception, so that open files and metric sinks are closed on the way out.
+    raise SystemExit(128 + signum)

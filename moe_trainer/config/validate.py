@@ -1,0 +1,341 @@
+"""Rules that no single field can state: meshes, divisibility, files, folders that already hold a run.
+
+Nothing here imports torch: a mistake costs one line before any rank starts. What only torch can tell, the number of
+GPUs, comes in as a number.
+"""
+
+import math
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.schema import (
+    Config,
+    DataConfig,
+    DeviceName,
+    DType,
+    ExportConfig,
+    GenerateConfig,
+    InspectConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+)
+
+_WIDTH = {DType.bfloat16: 16, DType.float32: 32, DType.float64: 64}
+_SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def validate(
+    cfg: Config, world_size: int | None, num_gpus: int | None, local_world_size: int | None = None
+) -> Config:
+    """The run that `cfg` describes, with a concrete mesh and, once `num_gpus` is known, a concrete device.
+
+    Args:
+        world_size: WORLD_SIZE under torchrun; None elsewhere, and then `nproc` or the mesh itself says it.
+        num_gpus: GPUs visible on this machine; None while torch is not imported, which leaves the device unchecked.
+        local_world_size: ranks of this machine; None means all.
+
+    Raises:
+        ConfigError: the first rule that is broken.
+    """
+    _check_run(cfg)
+    _check_model(cfg.model)
+    _check_optim(cfg.optim, cfg.steps)
+    _check_data(cfg.data, cfg.model)
+    gpus_to_use = 0 if cfg.device is DeviceName.cpu else num_gpus or 0
+    parallel = resolve_parallel(cfg.parallel, cfg.nproc if world_size is None else world_size, gpus_to_use)
+    _check_divisions(cfg.model, parallel)
+    _check_batch(cfg.data, parallel)
+    _check_folders(cfg)
+    device = cfg.device
+    if num_gpus is not None:
+        device = resolve_device(cfg.device, local_world_size or world_size_of(parallel), num_gpus)
+    return replace(cfg, parallel=parallel, device=device)
+
+
+def resolve_parallel(parallel: ParallelConfig, world_size: int | None, num_gpus: int = 0) -> ParallelConfig:
+    """A copy with concrete `fsdp` and `ep`.
+
+    World = dp_replicate x fsdp x tp (dense view) = dp_replicate x efsdp x ep (expert view of the same ranks).
+
+    Args:
+        world_size: number of ranks where it is given from outside (torchrun, `nproc`); None leaves it to the sizes.
+        num_gpus: what `fsdp=-1` fills when `world_size` is None.
+    """
+    for name in ("dp_replicate", "tp", "ep"):
+        size = getattr(parallel, name)
+        if size is not None:
+            _at_least(f"parallel.{name}", size, 1)
+    if parallel.fsdp != -1 and parallel.fsdp < 1:
+        raise ConfigError(f"parallel.fsdp={parallel.fsdp} must be at least 1, or -1 for what is left of the world")
+
+    others = parallel.dp_replicate * parallel.tp
+    fsdp = parallel.fsdp
+    if fsdp == -1:
+        if world_size is not None and world_size % others:
+            raise ConfigError(
+                f"parallel.fsdp=-1: {world_size} ranks do not divide by "
+                f"dp_replicate({parallel.dp_replicate}) x tp({parallel.tp}) = {others}"
+            )
+        fsdp = max(1, (num_gpus if world_size is None else world_size) // others)
+    if world_size is not None and others * fsdp != world_size:
+        raise ConfigError(
+            f"parallel: dp_replicate({parallel.dp_replicate}) x fsdp({fsdp}) x tp({parallel.tp}) = {others * fsdp} "
+            f"ranks, but WORLD_SIZE or nproc says {world_size}; parallel.fsdp=-1 takes what is left"
+        )
+    return replace(parallel, fsdp=fsdp, ep=_resolve_ep(parallel, fsdp))
+
+
+def world_size_of(parallel: ParallelConfig) -> int:
+    """Ranks of a resolved mesh."""
+    return parallel.dp_replicate * parallel.fsdp * parallel.tp
+
+
+def resolve_device(device: DeviceName, num_ranks: int, num_gpus: int) -> DeviceName:
+    """`cpu` or `cuda`: auto is CUDA where each of this machine's ranks has a GPU of its own."""
+    if device is DeviceName.cuda and num_gpus < num_ranks:
+        raise ConfigError(
+            f"device=cuda: {num_ranks} ranks need a GPU each, this machine shows {num_gpus}; "
+            "use fewer ranks or device=cpu"
+        )
+    if device is DeviceName.auto:
+        return DeviceName.cuda if num_gpus >= num_ranks else DeviceName.cpu
+    return device
+
+
+def validate_generate(cfg: GenerateConfig, world_size: int | None, num_gpus: int | None) -> GenerateConfig:
+    """The generation that `cfg` describes, with a concrete device once `num_gpus` is known; see `validate`."""
+    _check_checkpoint(cfg.checkpoint)
+    if not cfg.prompt:
+        raise ConfigError('prompt="TEXT" must be given: the text to continue')
+    _at_least("max_new_tokens", cfg.max_new_tokens, 1)
+    _at_least("temperature", cfg.temperature, 0)
+    if cfg.top_k is not None:
+        _at_least("top_k", cfg.top_k, 1)
+    if not 0 < cfg.top_p <= 1:
+        raise ConfigError(f"top_p={cfg.top_p} must be above 0 and at most 1")
+    _at_least("parallel.tp", cfg.parallel.tp, 1)
+    if world_size is not None and world_size != cfg.parallel.tp:
+        raise ConfigError(f"parallel.tp={cfg.parallel.tp} must be the number of ranks, WORLD_SIZE is {world_size}")
+    if num_gpus is None:
+        return cfg
+    return replace(cfg, device=resolve_device(cfg.device, cfg.parallel.tp, num_gpus))
+
+
+def validate_export(cfg: ExportConfig) -> None:
+    """Checks the folders, the shard size and the type."""
+    _check_checkpoint(cfg.checkpoint)
+    if not cfg.out:
+        raise ConfigError("out=DIR must be given: the folder to write")
+    if Path(cfg.out).exists():
+        raise ConfigError(f"out={cfg.out} exists already; name a folder that does not")
+    parse_size(cfg.max_shard_size)
+
+
+def validate_inspect(cfg: InspectConfig) -> None:
+    """Checks that the checkpoint's folder is there."""
+    _check_checkpoint(cfg.checkpoint)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in `5GB`, `300 MB`, `1.5KB` or a plain number (decimal units)."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _SIZE_UNITS[(match[2] or "B").upper()]) if match else 0
+    if size < 1:
+        raise ConfigError(f"max_shard_size={text} must be a size such as 5GB, 300MB or 20000")
+    return size
+
+
+def _resolve_ep(parallel: ParallelConfig, fsdp: int) -> int:
+    tp = parallel.tp
+    ep = parallel.ep if parallel.ep is not None else (tp if parallel.expert_parallel else 1)
+    if ep > 1 and not parallel.expert_parallel:
+        raise ConfigError(f"parallel.ep={ep} needs parallel.expert_parallel=true")
+    if fsdp * tp % ep:
+        raise ConfigError(f"parallel.ep={ep} must divide fsdp({fsdp}) x tp({tp})")
+    if parallel.expert_parallel and ep % tp:
+        raise ConfigError(f"parallel.ep={ep} must be a multiple of tp({tp})")
+    if parallel.expert_parallel and not parallel.sequence_parallel and ep != tp:
+        raise ConfigError(
+            f"parallel.ep={ep} must equal tp({tp}) unless parallel.sequence_parallel=true: "
+            "without it the ranks of an expert group must share a batch"
+        )
+    return ep
+
+
+def _check_run(cfg: Config) -> None:
+    if not re.fullmatch(r"[A-Za-z0-9._-]+", cfg.run_name) or cfg.run_name in (".", ".."):
+        raise ConfigError(f"run_name={cfg.run_name!r} must be a folder name of letters, digits, '.', '_' and '-'")
+    if not cfg.run_dir:
+        raise ConfigError("run_dir must not be empty")
+    _at_least("steps", cfg.steps, 1)
+    _at_least("seed", cfg.seed, 0)
+    for key, value in (
+        ("nproc", cfg.nproc),
+        ("checkpoint.every", cfg.checkpoint.every),
+        ("checkpoint.keep_last", cfg.checkpoint.keep_last),
+        ("logging.every", cfg.logging.every),
+    ):
+        if value is not None:
+            _at_least(key, value, 1)
+    both = cfg.dtype is not DType.auto and cfg.reduce_dtype is not DType.auto
+    if both and _WIDTH[cfg.reduce_dtype] < _WIDTH[cfg.dtype]:
+        raise ConfigError(f"reduce_dtype={cfg.reduce_dtype.value} must not be narrower than dtype={cfg.dtype.value}")
+
+
+def _check_model(model: ModelConfig) -> None:
+    for name in (
+        *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
+        *("num_experts", "top_k", "max_position_embeddings"),
+    ):
+        _at_least(f"model.{name}", getattr(model, name), 1)
+    for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
+        _positive(f"model.{name}", getattr(model, name))
+    _divides("model.num_kv_heads", model.num_kv_heads, "num_heads", model.num_heads)
+    if model.top_k > model.num_experts:
+        raise ConfigError(f"model.top_k={model.top_k} must be at most num_experts({model.num_experts})")
+    if model.head_dim % 2:
+        raise ConfigError(f"model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs")
+    if model.init_from is not None:
+        check_init_from(model.init_from)
+
+
+def check_init_from(init_from: str) -> Path:
+    """The Hugging Face folder to start from, which holds a config.json."""
+    folder = Path(init_from).expanduser()
+    if not folder.is_dir():
+        raise ConfigError(f"model.init_from={init_from}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"model.init_from={init_from}: no config.json in it, so it is no Hugging Face folder")
+    return folder
+
+
+def _check_optim(optim: OptimConfig, steps: int) -> None:
+    for name in ("lr", "eps"):
+        _positive(f"optim.{name}", getattr(optim, name))
+    if not optim.max_grad_norm > 0:
+        raise ConfigError(f"optim.max_grad_norm={optim.max_grad_norm} must be above 0 (.inf never clips)")
+    for name in ("beta1", "beta2"):
+        if not 0 <= getattr(optim, name) < 1:
+            raise ConfigError(f"optim.{name}={getattr(optim, name)} must be at least 0 and below 1")
+    for name in ("weight_decay", "aux_coef", "warmup_steps"):
+        _at_least(f"optim.{name}", getattr(optim, name), 0)
+    if not 0 <= optim.min_lr_ratio <= 1:
+        raise ConfigError(f"optim.min_lr_ratio={optim.min_lr_ratio} must be between 0 and 1")
+    if optim.schedule_steps is not None:
+        _at_least("optim.schedule_steps", optim.schedule_steps, 1)
+    name, horizon = ("steps", steps) if optim.schedule_steps is None else ("schedule_steps", optim.schedule_steps)
+    if optim.warmup_steps > horizon:
+        raise ConfigError(f"optim.warmup_steps={optim.warmup_steps} must be at most {name}({horizon})")
+
+
+def _check_data(data: DataConfig, model: ModelConfig) -> None:
+    if (data.text is None) == (data.path is None):
+        given = "neither is" if data.text is None else "both are"
+        raise ConfigError(f"data.text or data.path must be given, exactly one of them; {given}")
+    if data.text == "":
+        raise ConfigError("data.text is empty; give some text, or a file with data.path=FILE")
+    if data.path is not None:
+        _check_file("data.path", data.path)
+    if data.tokenizer != "byte":
+        _check_file("data.tokenizer", data.tokenizer, "; give byte or the path of a tokenizer.json")
+    for name in ("micro_batch_size", "global_batch_size"):
+        _at_least(f"data.{name}", getattr(data, name), 1)
+    if data.seq_len is not None:
+        _at_least("data.seq_len", data.seq_len, 1)
+        if data.seq_len > model.max_position_embeddings:
+            raise ConfigError(
+                f"data.seq_len={data.seq_len} must be at most "
+                f"model.max_position_embeddings({model.max_position_embeddings})"
+            )
+
+
+def _check_divisions(model: ModelConfig, parallel: ParallelConfig) -> None:
+    tp, ep, fsdp = parallel.tp, parallel.ep, parallel.fsdp
+    for name in ("num_heads", "num_kv_heads", "vocab_size"):
+        _divides("parallel.tp", tp, f"model.{name}", getattr(model, name))
+    if parallel.expert_parallel:
+        _divides("parallel.ep", ep, "model.num_experts", model.num_experts)
+    else:
+        _divides("parallel.tp", tp, "model.intermediate_size", model.intermediate_size)
+    # FSDP shards experts by number while each shard gets one, and otherwise along hidden, which must then be even.
+    shards, name = (fsdp * tp // ep, "fsdp x tp / ep") if parallel.expert_parallel else (fsdp, "fsdp")
+    if shards * ep > model.num_experts and model.hidden_size % shards:
+        raise ConfigError(
+            f"parallel.fsdp={fsdp}: with more shards than experts, {name} ({shards}) "
+            f"must divide model.hidden_size({model.hidden_size})"
+        )
+
+
+def _check_batch(data: DataConfig, parallel: ParallelConfig) -> None:
+    product = data.micro_batch_size * parallel.dp_replicate * parallel.fsdp
+    if data.global_batch_size % product:
+        below = data.global_batch_size // product * product
+        nearest = f"{below} or {below + product}" if below else f"{product}"
+        raise ConfigError(
+            f"data.global_batch_size={data.global_batch_size} must be a multiple of micro_batch_size"
+            f"({data.micro_batch_size}) x dp_replicate({parallel.dp_replicate}) x fsdp({parallel.fsdp}) = {product}; "
+            f"nearest: {nearest}"
+        )
+
+
+def _check_folders(cfg: Config) -> None:
+    run = Path(cfg.run_dir) / cfg.run_name
+    for folder in (run, *run.parents):
+        if folder.exists():
+            if not folder.is_dir():
+                raise ConfigError(f"run_dir={cfg.run_dir}: {folder} is a file, not a folder")
+            break
+    resume = cfg.checkpoint.resume
+    if resume == "none" and _holds_steps(run):
+        raise ConfigError(
+            f"{run} already holds steps of a run; go on with checkpoint.resume=auto, or give another run_name"
+        )
+    if resume not in ("none", "auto"):
+        _check_our_checkpoint("checkpoint.resume", resume)
+
+
+def _holds_steps(run: Path) -> bool:
+    metrics = run / "metrics.jsonl"
+    return (metrics.is_file() and metrics.stat().st_size > 0) or any(run.glob("checkpoints/step-*"))
+
+
+def _check_our_checkpoint(key: str, text: str) -> None:
+    folder = Path(text)
+    if not folder.is_dir():
+        raise ConfigError(f"{key}={text}: no such folder; give none, auto or the path of a checkpoint or run")
+    if not (folder / "COMMIT.json").is_file() and not (folder / "checkpoints").is_dir():
+        raise ConfigError(f"{key}={text} is no complete checkpoint (COMMIT.json) and no run (checkpoints/)")
+
+
+def _check_checkpoint(checkpoint: str | None) -> None:
+    if not checkpoint:
+        raise ConfigError("checkpoint=DIR must be given: a checkpoint or the folder of a run")
+    if not Path(checkpoint).is_dir():
+        raise ConfigError(f"checkpoint={checkpoint}: there is no such folder")
+
+
+def _check_file(key: str, text: str, hint: str = "") -> None:
+    path = Path(text)
+    if not path.is_file():
+        what = "is a folder, not a file" if path.is_dir() else "there is no such file"
+        raise ConfigError(f"{key}={text}: {what}{hint}")
+    if path.stat().st_size == 0:
+        raise ConfigError(f"{key}={text}: the file is empty{hint}")
+
+
+def _at_least(key: str, value: int | float, least: int) -> None:
+    if not (value >= least and math.isfinite(value)):
+        raise ConfigError(f"{key}={value} must be at least {least}")
+
+
+def _positive(key: str, value: float) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{key}={value} must be above 0")
+
+
+def _divides(key: str, divisor: int, name: str, number: int) -> None:
+    if number % divisor:
+        raise ConfigError(f"{key}={divisor} must divide {name}({number})")

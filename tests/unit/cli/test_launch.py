@@ -1,0 +1,96 @@
+"""Real launches of two ranks that do nothing: exit codes, who speaks, and that no rank outlives its launcher."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+LAUNCH = "import sys; from moe_trainer.cli.launch import launch; sys.exit(launch('dummy_ranks', sys.argv[1:], 2))"
+
+
+def start(folder: Path, mode: str) -> subprocess.Popen[str]:
+    root = Path(__file__).parents[3]
+    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    env["PYTHONPATH"] = os.pathsep.join([str(root), str(Path(__file__).parent)])
+    command = [sys.executable, "-c", LAUNCH, str(folder), mode]
+    return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def ranks_of(folder: Path) -> list[int]:
+    """Process ids of the two ranks, as soon as both have said theirs."""
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        texts = [path.read_text() for path in folder.glob("rank*")]
+        if len(texts) == 2 and all(texts):
+            return [int(text) for text in texts]
+        time.sleep(0.05)
+    raise AssertionError("the ranks did not start")
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    # A process that ended and waits for its parent to take notice is not alive.
+    stat = Path(f"/proc/{pid}/stat")
+    return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
+
+
+def wait_until_gone(pids: list[int], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(map(alive, pids)):
+        time.sleep(0.05)
+    return not any(map(alive, pids))
+
+
+@pytest.mark.parametrize(
+    ("mode", "code", "stderr"),
+    [
+        ("well", 0, ""),
+        ("mistake", 2, "moe-dummy: data.path=x: no such file\n"),
+        ("mistake_of_one", 2, "moe-dummy: data.path=x: no such file\n"),
+        ("killed", 1, "rank 1 was killed by SIGKILL; the other ranks were ended\n"),
+    ],
+)
+def test_exit_code_and_one_line(tmp_path: Path, mode: str, code: int, stderr: str) -> None:
+    command = start(tmp_path, mode)
+    _, said = command.communicate(timeout=60)
+    assert (command.returncode, said) == (code, stderr)
+    assert wait_until_gone(ranks_of(tmp_path), 1)
+
+
+def test_crash_shows_the_ranks_traceback_and_not_the_launchers(tmp_path: Path) -> None:
+    command = start(tmp_path, "crash")
+    _, said = command.communicate(timeout=60)
+    assert command.returncode == 1
+    assert said.count("Traceback") == 1 and "RuntimeError: boom" in said
+    assert said.endswith("rank 1 left with code 1; the other ranks were ended\n")
+    assert "ChildFailedError" not in said and "OMP_NUM_THREADS" not in said
+
+
+@pytest.mark.parametrize(
+    ("mode", "sent", "code"),
+    [("sleep", signal.SIGINT, 130), ("sleep", signal.SIGTERM, 143), ("stubborn", signal.SIGINT, 130)],
+)
+def test_signal_ends_every_rank_in_ten_seconds(tmp_path: Path, mode: str, sent: signal.Signals, code: int) -> None:
+    command = start(tmp_path, mode)
+    ranks = ranks_of(tmp_path)
+    time.sleep(0.3)  # for the stubborn to have stopped listening
+    began = time.monotonic()
+    command.send_signal(sent)
+    _, said = command.communicate(timeout=30)
+    assert wait_until_gone(ranks, 10 - (time.monotonic() - began))
+    assert (command.returncode, said) == (code, "")
+
+
+def test_ranks_go_with_a_launcher_that_was_killed(tmp_path: Path) -> None:
+    command = start(tmp_path, "stubborn")
+    ranks = ranks_of(tmp_path)
+    command.kill()
+    command.wait()
+    assert wait_until_gone(ranks, 10)
