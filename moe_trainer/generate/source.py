@@ -1,0 +1,114 @@
+"""Where a model to generate with comes from: one of our checkpoints, a run, or a Hugging Face folder."""
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from moe_trainer.checkpoint.agreement import agreed
+from moe_trainer.checkpoint.documents import model_config_from_json
+from moe_trainer.checkpoint.hf import load_hf
+from moe_trainer.checkpoint.manager import COMMIT, TENSORS, read_document, resolve_checkpoint
+from moe_trainer.checkpoint.sharded import load_tensors, stored_tensors
+from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.data.tokenizer import end_of_text_id, load_tokenizer
+from moe_trainer.models.registry import FAMILIES
+from moe_trainer.parallel.shards import local_part
+
+_PREFIX = "model."
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A folder of weights, and what is known of them before they are read."""
+
+    folder: Path
+    is_hf: bool
+    model: ModelConfig
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    """Tokens that end a text; empty if the folder names none."""
+
+
+def open_source(path: Path) -> Source:
+    """Read all but the weights. Collective: checkpoints of ours are compared with their hashes on rank 0.
+
+    Raises:
+        ConfigError: none of the three kinds of folder, or one with a missing or damaged document.
+    """
+    if (path / "config.json").is_file() and not (path / COMMIT).is_file():
+        family = FAMILIES[Family.mixtral]
+        tokenizer = _tokenizer(path)
+        return Source(path, True, family.config_from_hf(path), tokenizer, _hf_stop_ids(path, tokenizer))
+    folder = resolve_checkpoint(path)
+    tokenizer = _tokenizer(folder)
+    end = end_of_text_id(tokenizer)
+    model = model_config_from_json(read_document(folder, "model.json"))
+    return Source(folder, False, model, tokenizer, frozenset(() if end is None else (end,)))
+
+
+def load_weights(source: Source, parameters: Mapping[str, torch.Tensor]) -> None:
+    """Fill this rank's part of each parameter, in place, casting to the parameter's dtype. Collective.
+
+    Raises:
+        ConfigError: the weights do not fit the model; every misfit is named.
+    """
+    if source.is_hf:
+        family = FAMILIES[source.model.family]
+        load_hf(source.folder, parameters, lambda keys: family.key_map(source.model, keys))
+    else:
+        _load_checkpoint(source.folder, parameters)
+
+
+def _load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
+    """A layer at a time in the stored dtype, so that a rank holds its share of the model and of one such layer."""
+    with agreed(f"loading {folder}"):
+        stored = stored_tensors(folder / TENSORS)
+        names = {name.removeprefix(_PREFIX) for name in stored if name.startswith(_PREFIX)}
+        if odd := sorted(names ^ parameters.keys()):
+            raise ConfigError(f"weights and model.json do not fit: {', '.join(odd)}")
+    for _, group in groupby(parameters, key=_layer):
+        values = {
+            name: torch.empty_like(parameters[name], dtype=stored[_PREFIX + name][1], requires_grad=False)
+            for name in group
+        }
+        load_tensors(folder / TENSORS, {_PREFIX + name: value for name, value in values.items()}, strict=False)
+        for name, value in values.items():
+            local_part(parameters[name]).copy_(local_part(value))
+
+
+def _layer(name: str) -> str:
+    match = re.match(r"model\.layers\.\d+\.", name)
+    return match[0] if match else name
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise ConfigError(f"checkpoint={folder}: no tokenizer.json in it; put the model's own there")
+    return load_tokenizer(str(path))
+
+
+def _hf_stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+    """`eos_token_id`, a number or a list, of generation_config.json, else of config.json, else by the usual names."""
+    for name in ("generation_config.json", "config.json"):
+        path = folder / name
+        if not path.is_file():
+            continue
+        try:
+            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{path} cannot be read: {error}") from error
+        if ids is not None:
+            listed = ids if isinstance(ids, list) else [ids]
+            if not all(type(token_id) is int for token_id in listed):
+                raise ConfigError(f"{path}: eos_token_id={ids} must be a token id or a list of them")
+            return frozenset(listed)
+    end = end_of_text_id(tokenizer)
+    return frozenset(() if end is None else (end,))
