@@ -47,9 +47,11 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """[rows, a] x [num_experts, a, b] -> [rows, b]."""
-    if rows.shape[0] and grouped_gemm_supported(rows.dtype, *weight.shape[1:]):
+    if grouped_gemm_supported(rows.dtype, *weight.shape[1:]) and len(rows):
         return F.grouped_mm(rows, weight, offs=offsets)
-    out = rows.new_zeros(rows.shape[0], weight.shape[2])
+    out = rows.new_zeros(len(rows), weight.shape[2])
+    if not len(rows):
+        return out
     for expert, (start, stop) in enumerate(_spans(offsets)):
         torch.mm(rows[start:stop], weight[expert], out=out[start:stop])
     return out
@@ -57,9 +59,11 @@ def _multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -
 
 def _outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """[rows, a] and [rows, b] -> [num_experts, a, b], summed over each expert's rows."""
-    if left.shape[0] and grouped_gemm_supported(left.dtype, left.shape[1], right.shape[1]):
+    if grouped_gemm_supported(left.dtype, left.shape[1], right.shape[1]) and len(left):
         return F.grouped_mm(left.transpose(0, 1), right, offs=offsets)
     out = left.new_zeros(len(offsets), left.shape[1], right.shape[1])
+    if not len(left):
+        return out
     for expert, (start, stop) in enumerate(_spans(offsets)):
         torch.mm(left[start:stop].transpose(0, 1), right[start:stop], out=out[expert])
     return out

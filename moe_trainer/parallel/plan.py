@@ -75,6 +75,9 @@ def verify_plan(model: nn.Module, rules: dict[str, Style], meshes: Meshes) -> No
     """
     axes = {"tp": meshes.tp, "ep": meshes.ep}
     for name, style in rules.items():
+        if style.axis == "ep" and meshes.ep is None and meshes.tp is not None:
+            # Left out, it would leave whole experts on ranks that share a batch, their gradients unsummed.
+            raise ConfigError(f"parallel plan: the rule for {name} needs parallel.expert_parallel=true")
         if isinstance(style, ModuleStyle) or axes[style.axis] is None:
             continue
         for parameter_name, parameter in _parameters_of(model, name):

@@ -26,14 +26,14 @@ class ParallelContext:
     """What styles need of the run: the meshes and the current split of the sequence."""
 
     def __init__(self, meshes: Meshes) -> None:
-        self.meshes = meshes
-        self.sequence = SequenceShards(meshes.tp.get_group()) if meshes.tp is not None else None
+        # Kept, because slicing a mesh anew at each use costs more than the small collectives do.
+        axes = {"tp": meshes.tp, "ep": meshes.ep}
+        self._groups = {axis: mesh.get_group() for axis, mesh in axes.items() if mesh is not None}
+        self.sequence = SequenceShards(self._groups["tp"]) if "tp" in self._groups else None
 
     def group(self, axis: str) -> ProcessGroup:
-        """The ranks along `tp` or `ep`."""
-        mesh = self.meshes.tp if axis == "tp" else self.meshes.ep
-        assert mesh is not None, f"the mesh has no axis {axis}"
-        return mesh.get_group()
+        """The ranks along `tp` or `ep`, where that axis is longer than one rank."""
+        return self._groups[axis]
 
 
 Transform = Callable[[torch.Tensor, ParallelContext], torch.Tensor]

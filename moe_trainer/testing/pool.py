@@ -1,4 +1,4 @@
-"""Runs a function on a few gloo processes, for a fraction of a CPU-second instead of a launcher's thirty.
+"""Runs a function on a few processes, for a fraction of a CPU-second instead of a launcher's thirty.
 
 The processes are forked from a server that has only imported torch, so no rank pays for the import and none
 inherits a thread.
@@ -21,12 +21,15 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["moe_trainer.testing.preload"])
 
 
-def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60) -> list[Any]:
-    """Run `fn(*args)` on `world_size` ranks with an initialised gloo group.
+def run_distributed(
+    fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 60, device: str = "cpu"
+) -> list[Any]:
+    """Run `fn(*args)` on `world_size` ranks with an initialised process group.
 
     Args:
         fn: a module-level function; its result must be picklable.
         timeout: seconds for a collective and, with 15 s on top, for the whole call.
+        device: `cpu`, or `cuda` for a GPU for each rank; CUDA tensors travel by NCCL, all else by gloo.
 
     Returns:
         The ranks' results, in rank order.
@@ -38,7 +41,7 @@ def run_distributed(fn: Callable[..., Any], world_size: int, *args: Any, timeout
     ranks = []
     for rank in range(world_size):
         receiver, sender = _context.Pipe(duplex=False)
-        process = _context.Process(target=_rank, args=(fn, rank, world_size, folder, args, sender, timeout))
+        process = _context.Process(target=_rank, args=(fn, rank, world_size, folder, args, sender, timeout, device))
         process.start()
         sender.close()
         ranks.append((process, receiver))
@@ -77,6 +80,7 @@ def _rank(
     args: tuple[Any, ...],
     sender: Connection,
     timeout: float,
+    device: str,
 ) -> None:
     import torch
     import torch.distributed as dist
@@ -86,8 +90,10 @@ def _rank(
     os.environ.update({name: str(value) for name, value in names.items()}, GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     try:
+        if device == "cuda":
+            torch.cuda.set_device(rank)
         dist.init_process_group(
-            "gloo",
+            "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,

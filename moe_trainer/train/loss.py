@@ -60,6 +60,7 @@ class LossFn:
             labels: [batch, seq], -100 where none; the whole sequence on every rank.
             num_tokens: labels that count in the whole global batch.
         """
+        num_tokens = max(num_tokens, 1)  # a batch without labels has no loss, and no gradient
         loss = cross_entropy_sum(output.logits, labels, self.vocab_group) / num_tokens
         valid = labels != IGNORED_LABEL
         aux_loss, counts = self._balance(output.routings, valid)

@@ -1,9 +1,12 @@
 """Three training steps of a small uneven model: on one process without any parallelism, and on any mesh."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.models.decoder import CausalLM
@@ -12,9 +15,9 @@ from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_grad_norm
 from moe_trainer.parallel.fsdp import Precision, shard_over_data
 from moe_trainer.parallel.initialize import initialize
-from moe_trainer.parallel.mesh import build_meshes
+from moe_trainer.parallel.mesh import Meshes, build_meshes
 from moe_trainer.parallel.shards import local_box, local_part
-from moe_trainer.testing.compare import full_tensor
+from moe_trainer.testing.compare import assert_close_by_part, full_tensor
 from moe_trainer.train.loss import LossFn
 
 MODEL = ModelConfig(
@@ -32,6 +35,10 @@ MODEL = ModelConfig(
 SEQ = 9  # over four tensor-parallel ranks: 3, 3, 3 and none
 GLOBAL_BATCH = 8
 STEPS = 3
+LR = 1e-2
+EPS = 1e-4
+"""Of AdamW: large enough that a step does not blow the rounding of a vanishing gradient up to a whole `LR`, and that
+the weights depend on the gradients' scale, which AdamW otherwise divides out."""
 AUX_COEF = 0.1
 MAX_NORM = 0.5
 SILENT_EXPERT = 5
@@ -59,12 +66,17 @@ class Case:
     dtype: torch.dtype
     model: ModelConfig = field(default_factory=lambda: MODEL)
     seq: int = SEQ
+    micro_batch_size: int = 1
     device: str = "cpu"
     compute: torch.dtype | None = None
+    """Of activations, where it differs from `dtype`."""
+    steps: int = STEPS
+    clear_routing: bool = False
+    """Route by a code of the token with wide gaps (`encode`) instead of by `bend`, for narrow types."""
 
 
 def batches(model: ModelConfig, seq: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Token ids and labels [GLOBAL_BATCH, seq] of each step; some labels are missing."""
+    """Token ids and labels [GLOBAL_BATCH, seq] of each step; half a sequence and a whole one have no labels."""
     generator = torch.Generator().manual_seed(1)
     result = []
     for _ in range(STEPS):
@@ -73,85 +85,137 @@ def batches(model: ModelConfig, seq: int) -> list[tuple[torch.Tensor, torch.Tens
         ids = ids.long()
         labels = ids[:, 1:].clone()
         labels[2, seq // 2 :] = -100
+        labels[5] = -100
         result.append((ids[:, :-1], labels))
     return result
 
 
 @torch.no_grad()
 def bend(model: CausalLM) -> None:
-    """Give every hidden state a common part that one expert's router row rejects: it never gets a token."""
+    """Give every embedding a common part that one expert's router rows reject: it gets no token in the first layer.
+
+    The rejection is mild: that row's own gradient, which comes from the softmax alone, stays well above rounding.
+    """
     for name, parameter in model.named_parameters():
         local = local_part(parameter)
         if name == "model.embed_tokens.weight":
-            local += 0.2
+            local += 0.3
         if name.endswith(".gate.weight"):
-            rows, columns = local_box(parameter)
+            rows, _ = local_box(parameter)
             if rows.start <= SILENT_EXPERT < rows.stop:
-                local[SILENT_EXPERT - rows.start] = -1.0
+                local[SILENT_EXPERT - rows.start] = -0.3
 
 
-def _steps(model, loss_fn, data_rank, data_size, total, clip, full, case) -> Outcome:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=True)
-    loss, aux_loss, grad_norm, gradients, counts = [], [], [], {}, None
-    for step, (ids, labels) in enumerate(batches(case.model, case.seq)):
-        ids, labels = ids.to(case.device), labels.to(case.device)
-        num_tokens = int((labels != -100).sum())
-        shares = None
-        for row in range(data_rank, GLOBAL_BATCH, data_size):
-            to_differentiate, losses = loss_fn(model(ids[row : row + 1]), labels[row : row + 1], num_tokens)
-            to_differentiate.backward()
-            flat = torch.cat([t.double().flatten() for t in losses])
-            shares = flat if shares is None else shares + flat
-        shares = total(shares)
-        loss.append(shares[0].item())
-        aux_loss.append(shares[1].item())
-        if step == 0:
-            gradients = {name: full(parameter.grad) for name, parameter in model.named_parameters()}
-            counts = shares[2:].view(case.model.num_layers, -1).cpu()
-        grad_norm.append(clip(model.parameters(), MAX_NORM).item())
-        optimizer.step()
-        optimizer.zero_grad()
-    return Outcome(loss, aux_loss, grad_norm, gradients, {n: full(p) for n, p in model.named_parameters()}, counts)
+@torch.no_grad()
+def encode(model: CausalLM) -> None:
+    """Let the first `num_experts` hidden values carry a fixed code of the token, which nothing writes to later and
+    which alone the routers read: the choices are apart by far more than bfloat16 rounds, and the same on every mesh.
+    """
+    num_experts = model.model.layers[0].mlp.experts.num_experts
+    for name, parameter in model.named_parameters():
+        local, box = local_part(parameter), local_box(parameter)
+        if name == "model.embed_tokens.weight":
+            tokens = torch.arange(box[0].start, box[0].stop).unsqueeze(1)
+            levels = (5 * tokens + 3 * torch.arange(num_experts)) % num_experts  # a permutation for each token
+            local[:, :num_experts] = levels.to(local) / num_experts
+        elif name.endswith("o_proj.weight"):
+            local[: max(0, num_experts - box[0].start)] = 0
+        elif name.endswith("down_proj"):
+            local[:, : max(0, num_experts - box[1].start)] = 0
+        elif name.endswith(".gate.weight"):
+            local.zero_()
+            for row, expert in enumerate(range(box[0].start, box[0].stop)):
+                local[row, expert] = 3.0
+
+
+def sharded_model(case: Case) -> tuple[CausalLM, LossFn, Meshes]:
+    """The model on this rank's mesh, with the values that the plain one has; collective."""
+    meshes = build_meshes(case.parallel, case.device)
+    reduce = torch.promote_types(case.dtype, torch.float32)
+    model, context = build_model(case.model, case.parallel, meshes, case.dtype)
+    shard_over_data(model, meshes, Precision(case.compute or case.dtype, case.dtype, reduce))
+    model.to_empty(device=case.device)
+    initialize(model, 0, case.model.initializer_range)
+    (encode if case.clear_routing else bend)(model)
+    vocab_group = meshes.tp.get_group() if meshes.tp is not None else None
+    sequence = context.sequence if case.parallel.sequence_parallel else None
+    return model, LossFn(case.model.num_experts, AUX_COEF, vocab_group, sequence), meshes
+
+
+def plain_model(case: Case) -> CausalLM:
+    """The model on one process, whole."""
+    model = build_mixtral(case.model).to(case.dtype)
+    initialize(model, 0, case.model.initializer_range)
+    (encode if case.clear_routing else bend)(model)
+    return model.to(case.device)
 
 
 def train_plain(case: Case) -> Outcome:
     """The reference: a plain model, PyTorch's own clipping."""
-    model = build_mixtral(case.model).to(case.dtype)
-    initialize(model, 0, case.model.initializer_range)
-    bend(model)
-    model.to(case.device)
-    return _steps(
-        model,
-        LossFn(case.model.num_experts, AUX_COEF),
-        0,
-        1,
-        lambda x: x,
-        torch.nn.utils.clip_grad_norm_,
-        lambda x: x.detach().cpu().clone(),
+    return _train(
         case,
+        plain_model(case),
+        LossFn(case.model.num_experts, AUX_COEF),
+        clip=torch.nn.utils.clip_grad_norm_,
+        whole=lambda tensor: tensor.detach().cpu().clone(),
     )
 
 
 def train_parallel(case: Case) -> Outcome | None:
     """The same on this rank's mesh; the first rank returns the outcome."""
-    import torch.distributed as dist
-
-    parallel = case.parallel
-    meshes = build_meshes(parallel, case.device)
-    reduce = torch.promote_types(case.dtype, torch.float32)
-    precision = Precision(case.compute or case.dtype, case.dtype, reduce)
-    model, context = build_model(case.model, parallel, meshes, case.dtype)
-    shard_over_data(model, meshes, precision)
-    model.to_empty(device=case.device)
-    initialize(model, 0, case.model.initializer_range)
-    bend(model)
-    vocab_group = meshes.tp.get_group() if meshes.tp is not None else None
-    sequence = context.sequence if parallel.sequence_parallel else None
+    model, loss_fn, meshes = sharded_model(case)
 
     def total(shares: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(shares)
-        return shares / parallel.tp
+        return shares / case.parallel.tp  # the ranks of a tensor-parallel group hold the same share
 
-    loss_fn = LossFn(case.model.num_experts, AUX_COEF, vocab_group, sequence)
-    outcome = _steps(model, loss_fn, meshes.data_rank, meshes.data_size, total, clip_grad_norm, full_tensor, case)
+    outcome = _train(
+        case, model, loss_fn, clip_grad_norm, full_tensor, total, meshes.data_rank, meshes.data_size
+    )
     return outcome if dist.get_rank() == 0 else None
+
+
+def _train(
+    case: Case,
+    model: CausalLM,
+    loss_fn: LossFn,
+    clip: Callable[[Iterable[nn.Parameter], float], torch.Tensor],
+    whole: Callable[[torch.Tensor], torch.Tensor],
+    total: Callable[[torch.Tensor], torch.Tensor] = lambda shares: shares,
+    data_rank: int = 0,
+    data_size: int = 1,
+) -> Outcome:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS, foreach=True)
+    outcome = Outcome([], [], [], {}, {}, torch.empty(0))
+    micro = case.micro_batch_size
+    for ids, labels in batches(case.model, case.seq)[: case.steps]:
+        ids, labels = ids.to(case.device), labels.to(case.device)
+        num_tokens = int((labels != -100).sum())
+        shares = torch.zeros(2 + case.model.num_layers * case.model.num_experts, dtype=torch.float64).to(case.device)
+        for start in range(data_rank * micro, GLOBAL_BATCH, data_size * micro):
+            rows = slice(start, start + micro)
+            loss, losses = loss_fn(model(ids[rows]), labels[rows], num_tokens)
+            loss.backward()
+            shares += torch.cat([share.double().flatten() for share in losses])
+        shares = total(shares).cpu()
+        if not outcome.gradients:
+            counts = shares[2:].view(case.model.num_layers, case.model.num_experts)
+            gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+            outcome = outcome._replace(expert_counts=counts, gradients=gradients)
+        outcome.loss.append(shares[0].item())
+        outcome.aux_loss.append(shares[1].item())
+        outcome.grad_norm.append(clip(model.parameters(), MAX_NORM).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    return outcome._replace(weights={name: whole(parameter) for name, parameter in model.named_parameters()})
+
+
+def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:
+    """Every figure of the outcome within `tolerance`, exactly zero where the reference is zero, and equal counts."""
+    assert torch.equal(actual.expert_counts, expected.expert_counts), "expert counts differ"
+    for name in ("loss", "aux_loss", "grad_norm"):
+        ours, theirs = getattr(actual, name), getattr(expected, name)
+        errors = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
+        assert max(errors) <= tolerance, f"{name} differs: {ours} instead of {theirs}"
+    assert_close_by_part(actual.gradients, expected.gradients, tolerance)
+    assert_close_by_part(actual.weights, expected.weights, tolerance)

@@ -1,0 +1,188 @@
+"""Each style alone, forward and backward, against the plain module; four positions over three ranks: 2, 2, none."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from moe_trainer.config.schema import ParallelConfig
+from moe_trainer.models.linear import Embedding, Linear
+from moe_trainer.models.moe import SparseMoeBlock
+from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.plans import Plan
+from moe_trainer.parallel.apply import apply_plan
+from moe_trainer.parallel.mesh import build_meshes
+from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.styles import STYLES, ParallelContext
+from moe_trainer.testing.pool import run_distributed
+
+WORLD, BATCH, SEQ, WIDTH, VOCAB = 3, 2, 4, 6, 9
+PARALLEL = ParallelConfig(fsdp=1, tp=WORLD, ep=WORLD, sequence_parallel=True, expert_parallel=True)
+
+
+class Twice(nn.Module):
+    """A module with something inside that each rank has a part of."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Linear(WIDTH, WIDTH)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A module, its plan, and how each rank's input, output and input gradient lie in those of one process.
+
+    `whole`: the same on every rank; `sequence`, `features`: the rank's part; `sum`: the ranks' parts add up.
+    """
+
+    build: Callable[[], nn.Module]
+    plan: Plan
+    input: str
+    output: str
+    input_grad: str
+
+
+def linear() -> nn.Module:
+    return nn.ModuleDict({"leaf": Linear(WIDTH, WIDTH, bias=True)})
+
+
+def embedding() -> nn.Module:
+    return nn.ModuleDict({"leaf": Embedding(VOCAB, WIDTH)})
+
+
+def norm() -> nn.Module:
+    return nn.ModuleDict({"leaf": RMSNorm(WIDTH, 1e-5)})
+
+
+def plain_linear() -> nn.Module:
+    return nn.ModuleDict({"leaf": Linear(WIDTH, WIDTH)})
+
+
+def around() -> nn.Module:
+    return nn.ModuleDict({"leaf": Twice()})
+
+
+def block() -> nn.Module:
+    return nn.ModuleDict({"leaf": SparseMoeBlock(WIDTH, intermediate_size=6, num_experts=6, top_k=2)})
+
+
+INSIDE = {
+    "leaf.experts.gate_up_proj": "moe_tp_gate_up_colwise",
+    "leaf.experts.down_proj": "moe_tp_down_rowwise",
+}
+WHOLE = {"leaf.experts.gate_up_proj": "grouped_gemm", "leaf.experts.down_proj": "grouped_gemm"}
+
+EXAMPLES = {
+    "colwise": Example(linear, {"leaf": "colwise"}, "whole", "features", "sum"),
+    "colwise_all_gather": Example(linear, {"leaf": "colwise_all_gather"}, "whole", "whole", "whole"),
+    "rowwise": Example(linear, {"leaf": "rowwise"}, "features", "whole", "features"),
+    "rowwise_reduce_scatter": Example(linear, {"leaf": "rowwise_reduce_scatter"}, "features", "sequence", "features"),
+    "rowwise_without_bias": Example(plain_linear, {"leaf": "rowwise"}, "features", "whole", "features"),
+    "vocab_parallel": Example(embedding, {"leaf": "vocab_parallel"}, "whole", "whole", "none"),
+    "vocab_parallel_reduce_scatter": Example(
+        embedding, {"leaf": "vocab_parallel_reduce_scatter"}, "whole", "sequence", "none"
+    ),
+    "vocab_parallel_head": Example(linear, {"leaf": "vocab_parallel_head"}, "whole", "features", "whole"),
+    "vocab_parallel_head_gather": Example(
+        linear, {"leaf": "vocab_parallel_head_gather"}, "sequence", "features", "sequence"
+    ),
+    "sequence_parallel": Example(norm, {"leaf": "sequence_parallel"}, "sequence", "sequence", "sequence"),
+    "replicated_weight": Example(plain_linear, {"leaf": "replicated_weight"}, "sequence", "sequence", "sequence"),
+    "replicate_input": Example(
+        around, {"leaf": "replicate_input", "leaf.inner": "colwise"}, "whole", "features", "whole"
+    ),
+    "gather_input": Example(
+        around, {"leaf": "gather_input", "leaf.inner": "colwise"}, "sequence", "features", "sequence"
+    ),
+    "experts_tp": Example(block, INSIDE | {"leaf.experts": "moe_tp_experts"}, "whole", "whole", "whole"),
+    "experts_sp": Example(
+        block,
+        INSIDE | {"leaf.gate": "replicated_weight", "leaf.experts": "moe_tp_experts_gather"},
+        *("sequence", "sequence", "sequence"),
+    ),
+    "experts_tp_ep": Example(
+        block,
+        WHOLE | {"leaf.gate": "ep_router", "leaf.experts": "moe_experts_allreduce"},
+        *("whole", "whole", "whole"),
+    ),
+    "experts_sp_ep": Example(
+        block,
+        WHOLE | {"leaf.gate": "replicated_weight", "leaf.experts": "moe_dispatch"},
+        *("sequence", "sequence", "sequence"),
+    ),
+}
+
+
+def part(x: torch.Tensor, layout: str, context: ParallelContext) -> torch.Tensor:
+    if layout == "sequence":
+        return context.sequence.local(x)
+    return x.chunk(WORLD, -1)[dist.get_rank()] if layout == "features" else x
+
+
+def output_of(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    output = module["leaf"](x)
+    return output[0] if isinstance(output, tuple) else output
+
+
+def check_style(name: str) -> None:
+    example = EXAMPLES[name]
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=generator)
+
+    plain = example.build().double()
+    for parameter in plain.parameters():
+        parameter.data = random(*parameter.shape)
+    with torch.device("meta"):
+        module = example.build().double()
+    context = apply_plan(module, example.plan, build_meshes(PARALLEL, "cpu"))
+    module.to_empty(device="cpu")
+    for ours, theirs in zip(module.parameters(), plain.parameters(), strict=True):
+        local_part(ours).copy_(theirs.detach()[local_box(ours)])
+
+    is_embedding = example.input_grad == "none"
+    if is_embedding:
+        x = torch.randint(VOCAB, (BATCH, SEQ), generator=generator)
+    else:
+        x = random(BATCH, SEQ, WIDTH).requires_grad_()
+    weight = random(BATCH, SEQ, WIDTH)
+    expected = output_of(plain, x)
+    (expected * weight).sum().backward()
+
+    context.sequence.batch, context.sequence.seq = (0, 0) if is_embedding else (BATCH, SEQ)
+    mine = part(x.detach(), example.input, context).clone().requires_grad_(not is_embedding)
+    output = output_of(module, mine)
+    torch.testing.assert_close(output, part(expected, example.output, context), rtol=1e-12, atol=1e-12)
+    (output * part(weight, example.output, context)).sum().backward()
+
+    if not is_embedding:
+        gradient = mine.grad
+        if example.input_grad == "sum":
+            dist.all_reduce(gradient)
+        expected_gradient = part(x.grad, example.input_grad, context)
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-12, atol=1e-12)
+    sharded = 0
+    for (parameter_name, ours), theirs in zip(module.named_parameters(), plain.parameters(), strict=True):
+        gradient = ours.grad.full_tensor() if isinstance(ours.grad, DTensor) else ours.grad
+        torch.testing.assert_close(
+            gradient, theirs.grad, rtol=1e-12, atol=1e-12, msg=lambda text, n=parameter_name: f"{n}: {text}"
+        )
+        sharded += isinstance(ours, DTensor)
+    assert sharded, "the plan left every parameter plain"
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_style(name: str) -> None:
+    run_distributed(check_style, WORLD, name)
+
+
+def test_every_style_has_an_example() -> None:
+    assert {style for example in EXAMPLES.values() for style in example.plan.values()} == set(STYLES)
