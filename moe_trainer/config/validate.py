@@ -46,7 +46,7 @@ def validate(
     _check_data(cfg.data, cfg.model)
     gpus_to_use = 0 if cfg.device is DeviceName.cpu else num_gpus or 0
     parallel = resolve_parallel(cfg.parallel, cfg.nproc if world_size is None else world_size, gpus_to_use)
-    _check_divisions(cfg.model, parallel)
+    check_divisions(cfg.model, parallel)
     _check_batch(cfg.data, parallel)
     _check_folders(cfg)
     device = cfg.device
@@ -252,7 +252,8 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
             )
 
 
-def _check_divisions(model: ModelConfig, parallel: ParallelConfig) -> None:
+def check_divisions(model: ModelConfig, parallel: ParallelConfig) -> None:
+    """A resolved mesh must divide what it splits: heads, vocabulary, experts or their insides, hidden."""
     tp, ep, fsdp = parallel.tp, parallel.ep, parallel.fsdp
     for name in ("num_heads", "num_kv_heads", "vocab_size"):
         _divides("parallel.tp", tp, f"model.{name}", getattr(model, name))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DType, GenerateConfig, ParallelConfig
+from moe_trainer.config.schema import GenerateConfig, ParallelConfig
 from moe_trainer.config.validate import check_divisions
 from moe_trainer.generate.decoding import generate
 from moe_trainer.generate.sampling import Sampler
@@ -22,6 +22,7 @@ from moe_trainer.observe.log import get_logger, setup_logging
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.fsdp import PRECISE
 from moe_trainer.parallel.mesh import build_meshes
+from moe_trainer.parallel.precision import compute_dtype
 from moe_trainer.parallel.process_group import process_group
 
 _logger = get_logger(__name__)
@@ -71,7 +72,7 @@ def continue_prompt(cfg: GenerateConfig, device: torch.device, write: Callable[[
     parallel = ParallelConfig(fsdp=1, tp=ranks, ep=ranks, expert_parallel=True, sequence_parallel=False)
     check_divisions(source.model, parallel)
     prompt_ids = _encode(cfg, source)
-    model, group = _load_model(source, parallel, device, _compute_dtype(cfg.dtype, device))
+    model, group = _load_model(source, parallel, device, compute_dtype(cfg.dtype, device))
 
     sampler = Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed)
     stream = TextStream(source.tokenizer, prompt_ids)
@@ -116,20 +117,14 @@ def _encode(cfg: GenerateConfig, source: Source) -> list[int]:
     context = source.model.max_position_embeddings
     if len(ids) + cfg.max_new_tokens > context:
         raise ConfigError(
-            f"max_new_tokens={cfg.max_new_tokens}: with {len(ids)} tokens of the prompt it exceeds the model's context "
-            f"of {context}; {_room(context - len(ids))}"
+            f"max_new_tokens={cfg.max_new_tokens}: with {len(ids)} tokens of the prompt it exceeds the model's "
+            f"context of {context}; {_room(context - len(ids))}"
         )
     return ids
 
 
 def _room(tokens: int) -> str:
     return f"give at most {tokens}" if tokens > 0 else "give a shorter prompt"
-
-
-def _compute_dtype(dtype: DType, device: torch.device) -> torch.dtype:
-    if dtype is DType.auto:
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return getattr(torch, dtype.value)
 
 
 def _print(text: str) -> None:

@@ -24,8 +24,8 @@ def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tens
 
     Returns:
         [rows, out]. Rows at and past `offsets[-1]` belong to no expert: their values are undefined, and so are those
-        of their gradient. The weight's gradient is always dense, zero for an expert without rows: a rank that receives
-        no token still takes part in the gradient's reduction.
+        of their gradient. The weight's gradient is always dense, zero for an expert without rows: a rank that
+        receives no token still takes part in the gradient's reduction.
     """
     return _GroupedLinear.apply(rows, weight, offsets)
 

@@ -1,7 +1,7 @@
 """From tokens to rows sorted by expert, and back as a weighted sum.
 
-A *pair* is one (token, chosen expert); pair `p` belongs to token `p // top_k`. Both directions are gathers, forward and
-backward, through the sort and its inverse: no scatter-add, so the result does not depend on the order of execution.
+A *pair* is one (token, chosen expert); pair `p` belongs to token `p // top_k`. Both directions are gathers, forward
+and backward, through the sort and its inverse: no scatter-add, so no order of execution can change the result.
 """
 
 from typing import NamedTuple
@@ -24,7 +24,7 @@ class Routes(NamedTuple):
 
 
 def tokens_per_expert(index: torch.Tensor, num_experts: int) -> torch.Tensor:
-    """How often each expert is named: any shape -> [num_experts] int64; a name past the last expert counts nowhere."""
+    """How often each expert is named, [num_experts] int64; a number past the last expert counts nowhere."""
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=index.device)
     flat = index.flatten()
     return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
@@ -86,9 +86,7 @@ class _Permute(torch.autograd.Function):
 
 class _Unpermute(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, rows: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes
-    ) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, rows: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:
         ctx.routes = routes
         ctx.save_for_backward(rows, top_k_weights)
         return (_pairs(rows, routes) * top_k_weights.unsqueeze(-1)).sum(1).to(rows.dtype)

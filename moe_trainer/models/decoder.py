@@ -83,7 +83,7 @@ class CausalLM(nn.Module):
     def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> ModelOutput:
         """Next-token logits for token ids [batch, seq].
 
-        With a cache, ids continue what it holds, and the logits are those of the last position alone: [batch, 1, vocab].
+        With a cache, ids continue what it holds, and the logits are those of the last position: [batch, 1, vocab].
         """
         hidden, routings = self.model(input_ids, cache)
         if cache is not None:

@@ -19,6 +19,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch
     Returns:
         The norm before clipping, a scalar on the device, equal on every rank.
     """
+    # Every parameter has a gradient after a backward pass, zero for an expert without tokens.
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
     grads = [local_part(parameter.grad) for parameter in with_grad]
     norms = torch.stack(torch._foreach_norm(grads))

@@ -30,7 +30,7 @@ def all_gather(x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup)
 
 
 def reduce_scatter(x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup) -> torch.Tensor:
-    """Sum over the group and keep this rank's part; backward is all-gather, because each part depends on every rank."""
+    """Sum over the group, keep this rank's part; backward is all-gather: each part depends on every rank."""
     return _ReduceScatter.apply(x, dim, sizes, group)
 
 
@@ -118,9 +118,7 @@ class _AllReduce(torch.autograd.Function):
 
 class _AllGather(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup
-    ) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.sizes, ctx.group = dim, sizes, group
         return _concatenate(x, dim, sizes, group)
 
@@ -131,9 +129,7 @@ class _AllGather(torch.autograd.Function):
 
 class _ReduceScatter(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup
-    ) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.sizes, ctx.group = dim, sizes, group
         return _sum_part(x, dim, sizes, group)
 
@@ -144,9 +140,7 @@ class _ReduceScatter(torch.autograd.Function):
 
 class _GatherReplicated(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup
-    ) -> torch.Tensor:
+    def forward(ctx: FunctionCtx, x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup) -> torch.Tensor:
         ctx.dim, ctx.sizes, ctx.rank = dim, sizes, group.rank()
         return _concatenate(x, dim, sizes, group)
 

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from moe_trainer.kernels.permute import Routes, permute, sort_by_expert, tokens_per_expert, unpermute, unsort
+from moe_trainer.kernels.permute import Routes, permute, sort_by_expert, unpermute, unsort
 from moe_trainer.parallel.collectives import all_to_all
 
 
@@ -25,7 +25,7 @@ class Dispatched:
     _group: ProcessGroup
 
     def combine(self, rows: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """The experts' outputs, in the order of `rows` -> this rank's tokens [tokens, hidden], weighted and summed."""
+        """The experts' outputs, in the order of `rows` -> this rank's [tokens, hidden], weighted and summed."""
         rows = unsort(rows, self._received)
         rows = all_to_all(rows, self._sent_sizes, self._received_sizes, self._group)
         return unpermute(rows, top_k_weights, self._sent)
@@ -44,7 +44,7 @@ def dispatch(x: torch.Tensor, top_k_index: torch.Tensor, num_experts: int, group
     ranks = group.size()
     local_experts = num_experts // ranks
     sent = sort_by_expert(top_k_index, num_experts)
-    sent_counts = tokens_per_expert(top_k_index, num_experts)
+    sent_counts = sent.offsets.diff(prepend=sent.offsets.new_zeros(1))
     received_counts = torch.empty_like(sent_counts)  # [ranks * num_local_experts], by sender
     dist.all_to_all_single(received_counts, sent_counts, group=group)
     counts = torch.stack((sent_counts, received_counts)).view(2, ranks, local_experts)
@@ -54,6 +54,4 @@ def dispatch(x: torch.Tensor, top_k_index: torch.Tensor, num_experts: int, group
     experts = torch.arange(local_experts, device=x.device).repeat(ranks)
     experts = experts.repeat_interleave(received_counts, output_size=sum(received_sizes))
     received = sort_by_expert(experts.unsqueeze(1), local_experts)
-    return Dispatched(
-        permute(rows, received), received.offsets, sent, received, sent_sizes, received_sizes, group
-    )
+    return Dispatched(permute(rows, received), received.offsets, sent, received, sent_sizes, received_sizes, group)

@@ -1,9 +1,7 @@
 """FSDP2 over the data axes: it owns the master weights, the cast to the compute type and the sum of gradients."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -13,27 +11,15 @@ from moe_trainer.models.decoder import DecoderLayer
 from moe_trainer.models.moe import Experts, Router
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.parallel.mesh import Meshes
+from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_part
-
 
 PRECISE = (RMSNorm, Router)
 """Modules that compute in float32 at least, and keep their weights so."""
 
 
-@dataclass(frozen=True, slots=True)
-class Precision:
-    """Types of a run."""
-
-    compute: torch.dtype
-    """Of activations and of the weights they meet."""
-    master: torch.dtype
-    """Of the stored weights and the optimizer's moments."""
-    reduce: torch.dtype
-    """In which gradients are summed."""
-
-
 def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> None:
-    """Wrap each layer's experts, its norms and router, its rest, and at last the model's rest, each as one group.
+    """Wrap each layer's experts, its norms and router, and its rest, then embedding, final norm and head, as groups.
 
     Norms and router stay in the master type: they compute in it anyway, and the sum of their gradients over `tp`
     runs in the type of the parameters. Gradients are summed, not averaged: the loss is divided once by the tokens of
@@ -53,6 +39,8 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> N
         fully_shard(precise, mesh=dense, mp_policy=master)
         fully_shard(layer, mesh=dense, mp_policy=compute)
     fully_shard(model.model.norm, mesh=dense, mp_policy=master)
+    fully_shard(model.model.embed_tokens, mesh=dense, mp_policy=compute)
+    fully_shard(model.lm_head, mesh=dense, mp_policy=compute, reshard_after_forward=False)
     fully_shard(model, mesh=dense, mp_policy=compute)
     for module in model.modules():
         if isinstance(module, FSDPModule):

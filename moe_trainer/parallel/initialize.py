@@ -14,7 +14,7 @@ from moe_trainer.parallel.shards import local_box, local_part
 def initialize(model: nn.Module, seed: int, std: float) -> None:
     """Fill each rank's shards: norms with one, biases with zero, matrices from a normal distribution.
 
-    Each parameter, and each expert of an expert weight, has a random stream of its own, seeded by (seed, name, expert),
+    Each parameter, and each expert of an expert weight, has its own random stream, seeded by (seed, name, expert),
     drawn on the CPU in float32. A rank draws one such tensor at a time and keeps its part, so it holds at most its
     share and one tensor, and every mesh starts from the same weights.
     """

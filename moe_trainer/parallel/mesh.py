@@ -12,8 +12,8 @@ from moe_trainer.config.schema import ParallelConfig
 class Meshes:
     """Dense view `(dp_replicate, fsdp, tp)` and expert view `(dp_replicate, efsdp, ep)` of one world.
 
-    `fsdp` and `efsdp` are always there, even of length 1; the other axes only where they are longer. Example of 8 ranks,
-    fsdp=4, tp=2, ep=4:
+    `fsdp` and `efsdp` are always there, even of length 1; the other axes only where they are longer. Example of 8
+    ranks, fsdp=4, tp=2, ep=4:
 
         rank     0    1    2    3    4    5    6    7
         fsdp     0    0    1    1    2    2    3    3     which batch it sees

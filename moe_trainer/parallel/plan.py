@@ -11,7 +11,7 @@ from moe_trainer.config.schema import Family, ParallelConfig
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.plans import ParallelPlans, Plan
 from moe_trainer.parallel.mesh import Meshes
-from moe_trainer.parallel.styles import STYLES, ModuleStyle, Style
+from moe_trainer.parallel.styles import STYLES, EmbeddingStyle, ModuleStyle, Style
 
 
 def select_parallel_plan(parallel: ParallelConfig, plans: ParallelPlans, family: Family) -> Plan:
@@ -67,8 +67,9 @@ def resolve_plan(model: nn.Module, plan: Plan) -> dict[str, Style]:
 
 
 def verify_plan(model: nn.Module, rules: dict[str, Style], meshes: Meshes) -> None:
-    """Check the applied plan: every rule for a weight left a DTensor placed as it says, and no expert weight is
-    without a rule.
+    """Check the applied plan: every rule for a weight left a DTensor on its axis, and no parameter is without a rule
+    that needs one: an expert weight always; every parameter where the sequence is split, because a rank then sees
+    part of the tokens only and somebody must sum its gradients.
 
     Raises:
         ConfigError: naming the parameter.
@@ -85,6 +86,10 @@ def verify_plan(model: nn.Module, rules: dict[str, Style], meshes: Meshes) -> No
                 raise ConfigError(f"parallel plan: the rule for {name} left {parameter_name} whole on every rank")
     if meshes.tp is None and meshes.ep is None:
         return
+    if meshes.tp is not None and any(isinstance(s, EmbeddingStyle) and s.splits_sequence for s in rules.values()):
+        for name, _ in model.named_parameters():
+            if name not in rules and name.rpartition(".")[0] not in rules:
+                raise ConfigError(f"parallel plan: no rule for {name}, which sees a part of the sequence")
     for module_name, module in model.named_modules():
         if isinstance(module, Experts):
             for name in (module_name, *(f"{module_name}.{n}" for n, _ in module.named_parameters())):

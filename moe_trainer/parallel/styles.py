@@ -1,8 +1,8 @@
 """The styles that a plan names: where a parameter lives, and which collectives surround a module.
 
 A style either places parameters and replaces the `forward` of a leaf by one on local weights (`LeafStyle`), or only
-places one expert weight (`WeightStyle`), or surrounds a module with collectives (`ModuleStyle`). All tensors in forward
-and backward are local; the DTensors say only where the parameters live and how their gradients are to be summed.
+places one expert weight (`WeightStyle`), or surrounds a module with collectives (`ModuleStyle`). All tensors in
+forward and backward are local; the DTensors say only where parameters live and how their gradients are to be summed.
 """
 
 from collections.abc import Callable
@@ -23,13 +23,14 @@ from moe_trainer.parallel.sequence import SequenceShards
 
 
 class ParallelContext:
-    """What styles need of the run: the meshes and the current split of the sequence."""
+    """What the styles of one model share: the groups along the axes and the current split of the sequence."""
 
     def __init__(self, meshes: Meshes) -> None:
         # Kept, because slicing a mesh anew at each use costs more than the small collectives do.
         axes = {"tp": meshes.tp, "ep": meshes.ep}
         self._groups = {axis: mesh.get_group() for axis, mesh in axes.items() if mesh is not None}
-        self.sequence = SequenceShards(self._groups["tp"]) if "tp" in self._groups else None
+        self.sequence: SequenceShards | None = None
+        """The split of the sequence, where the plan splits it."""
 
     def group(self, axis: str) -> ProcessGroup:
         """The ranks along `tp` or `ep`, where that axis is longer than one rank."""
@@ -99,15 +100,20 @@ class EmbeddingStyle:
     """Rows of the vocabulary on each rank: ids of other ranks give zero, and `after` sums."""
 
     after: Transform
+    splits_sequence: bool = False
+    """Whether `after` leaves each rank its own positions: the whole plan then is one of sequence parallelism."""
     weight: Placement = Shard(0)
     axis: str = "tp"
 
     def wrap(self, module: Embedding, context: ParallelContext) -> Callable[[torch.Tensor], torch.Tensor]:
         """The embedding's forward on local rows."""
+        if self.splits_sequence:
+            context.sequence = SequenceShards(context.group("tp"))
 
         def forward(input_ids: torch.Tensor) -> torch.Tensor:
             weight = local_weight(module.weight)
-            context.sequence.batch, context.sequence.seq = input_ids.shape
+            if self.splits_sequence:
+                context.sequence.batch, context.sequence.seq = input_ids.shape
             local = input_ids - context.group("tp").rank() * len(weight)
             elsewhere = (local < 0) | (local >= len(weight))
             x = module.compute(local.masked_fill(elsewhere, 0), weight)
@@ -219,21 +225,19 @@ Style = LeafStyle | EmbeddingStyle | WeightStyle | ModuleStyle
 _SEEN_IN_PART = LeafStyle(Replicate(), weight_grad=Partial())
 
 STYLES: dict[str, Style] = {
-    # Linear: out_features split. Input whole, output this rank's features; the module around it sums the input's grad.
+    # Linear: out_features split. Input whole, output this rank's features; the module around sums the input's grad.
     "colwise": LeafStyle(Shard(0), bias=Shard(0)),
     # The same, then all-gather of the features; backward takes the rank's slice.
     "colwise_all_gather": LeafStyle(Shard(0), bias=Shard(0), before=_copy, after=_gather_features),
     # Linear: in_features split, partial outputs. Forward all-reduce; backward nothing.
     "rowwise": LeafStyle(Shard(1), bias=Replicate(), after=_sum),
     # Forward reduce-scatter along the sequence; backward all-gather. The bias sees only this rank's positions.
-    "rowwise_reduce_scatter": LeafStyle(
-        Shard(1), bias=Replicate(), bias_grad=Partial(), after=_scatter_sequence
-    ),
+    "rowwise_reduce_scatter": LeafStyle(Shard(1), bias=Replicate(), bias_grad=Partial(), after=_scatter_sequence),
     # Embedding: vocabulary split. Forward all-reduce of the looked-up rows; backward nothing.
     "vocab_parallel": EmbeddingStyle(_sum),
     # Forward reduce-scatter along the sequence; backward all-gather.
-    "vocab_parallel_reduce_scatter": EmbeddingStyle(_scatter_sequence),
-    # Head: vocabulary split, logits stay split for the vocab-parallel cross entropy. Backward all-reduce of the input.
+    "vocab_parallel_reduce_scatter": EmbeddingStyle(_scatter_sequence, splits_sequence=True),
+    # Head: vocabulary split, logits stay split for the loss. Backward all-reduce of the input.
     "vocab_parallel_head": LeafStyle(Shard(0), bias=Shard(0), before=_copy),
     # Forward all-gather along the sequence; backward reduce-scatter.
     "vocab_parallel_head_gather": LeafStyle(Shard(0), bias=Shard(0), before=_gather_sequence),
@@ -245,7 +249,7 @@ STYLES: dict[str, Style] = {
     "replicate_input": _on_input(_copy),
     # Module: all-gather along the sequence; backward reduce-scatter.
     "gather_input": _on_input(_gather_sequence),
-    # gate_up_proj [num_experts, 2, intermediate, hidden] and down_proj [num_experts, hidden, intermediate]: split inside.
+    # gate_up_proj [experts, 2, intermediate, hidden] and down_proj [experts, hidden, intermediate]: split inside.
     "moe_tp_gate_up_colwise": WeightStyle(Shard(2)),
     "moe_tp_down_rowwise": WeightStyle(Shard(2)),
     # Expert weights: whole experts on each rank of `ep`.

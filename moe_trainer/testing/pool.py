@@ -60,9 +60,7 @@ def run_distributed(
     return [result for _, result in outcomes]
 
 
-def _outcome(
-    rank: int, process: multiprocessing.Process, receiver: Connection, deadline: float
-) -> tuple[bool, Any]:
+def _outcome(rank: int, process: multiprocessing.Process, receiver: Connection, deadline: float) -> tuple[bool, Any]:
     try:
         if receiver.poll(max(0.1, deadline - time.monotonic())):
             return pickle.loads(receiver.recv_bytes())

@@ -45,15 +45,13 @@ class LossFn:
         vocab_group: ProcessGroup | None = None,
         sequence: SequenceShards | None = None,
     ) -> None:
-        """`vocab_group`: ranks that split the logits; `sequence`: the split of the routed tokens under SP, else None."""
+        """`vocab_group`: ranks that split the logits; `sequence`: the split of the tokens under SP, else None."""
         self.num_experts = num_experts
         self.aux_coef = aux_coef
         self.vocab_group = vocab_group
         self.sequence = sequence
 
-    def __call__(
-        self, output: ModelOutput, labels: torch.Tensor, num_tokens: int
-    ) -> tuple[torch.Tensor, Losses]:
+    def __call__(self, output: ModelOutput, labels: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, Losses]:
         """The loss to differentiate, and its parts, detached.
 
         Args:

@@ -14,8 +14,8 @@ from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.plan import rule_for, select_parallel_plan
+from moe_trainer.parallel.precision import resolve_precision
 from moe_trainer.parallel.shards import local_part
-from moe_trainer.train.precision import resolve_precision
 
 Row = tuple[str, str, str, str, str]
 """Parameter, global shape, style, placement, local shape on rank 0."""

@@ -34,8 +34,8 @@ from moe_trainer.parallel.clip import clip_grad_norm
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import build_meshes
-from moe_trainer.train.loss import LossFn, Losses
-from moe_trainer.train.precision import resolve_precision
+from moe_trainer.parallel.precision import resolve_precision
+from moe_trainer.train.loss import Losses, LossFn
 from moe_trainer.train.state import TrainState
 
 _logger = get_logger(__name__)
@@ -68,7 +68,7 @@ class Trainer:
             cfg.model.num_experts,
             cfg.optim.aux_coef,
             vocab_group=self.meshes.tp.get_group() if self.meshes.tp is not None else None,
-            sequence=context.sequence if cfg.parallel.sequence_parallel else None,
+            sequence=context.sequence,
         )
         self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim, device.type)
         self.checkpoints = CheckpointManager(self.run_folder / "checkpoints", cfg.checkpoint.keep_last)

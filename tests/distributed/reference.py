@@ -13,9 +13,10 @@ from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.mixtral.model import build_mixtral
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_grad_norm
-from moe_trainer.parallel.fsdp import Precision, shard_over_data
+from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import Meshes, build_meshes
+from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_box, local_part
 from moe_trainer.testing.compare import assert_close_by_part, full_tensor
 from moe_trainer.train.loss import LossFn
@@ -138,7 +139,7 @@ def sharded_model(case: Case) -> tuple[CausalLM, LossFn, Meshes]:
     initialize(model, 0, case.model.initializer_range)
     (encode if case.clear_routing else bend)(model)
     vocab_group = meshes.tp.get_group() if meshes.tp is not None else None
-    sequence = context.sequence if case.parallel.sequence_parallel else None
+    sequence = context.sequence
     return model, LossFn(case.model.num_experts, AUX_COEF, vocab_group, sequence), meshes
 
 
@@ -169,9 +170,7 @@ def train_parallel(case: Case) -> Outcome | None:
         dist.all_reduce(shares)
         return shares / case.parallel.tp  # the ranks of a tensor-parallel group hold the same share
 
-    outcome = _train(
-        case, model, loss_fn, clip_grad_norm, full_tensor, total, meshes.data_rank, meshes.data_size
-    )
+    outcome = _train(case, model, loss_fn, clip_grad_norm, full_tensor, total, meshes.data_rank, meshes.data_size)
     return outcome if dist.get_rank() == 0 else None
 
 

@@ -14,9 +14,10 @@ from torch.utils._pytree import tree_leaves
 from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.models.mixtral.model import build_mixtral
 from moe_trainer.parallel.apply import build_model
-from moe_trainer.parallel.fsdp import Precision, shard_over_data
+from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import build_meshes
+from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.compare import full_tensor
 from moe_trainer.testing.pool import run_distributed

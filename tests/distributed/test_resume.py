@@ -57,7 +57,12 @@ def config(folder: Path, mesh: str, dtype: DType, **checkpoint: object) -> Confi
         model=ModelConfig(hidden_size=32, intermediate_size=32, num_layers=2, head_dim=8, num_experts=4),
         parallel=resolve_parallel(MESHES[mesh], None),
         optim=OptimConfig(
-            lr=3e-3, aux_coef=0.05, schedule=ScheduleName.cosine, warmup_steps=3, schedule_steps=WHOLE, max_grad_norm=0.8
+            lr=3e-3,
+            aux_coef=0.05,
+            schedule=ScheduleName.cosine,
+            warmup_steps=3,
+            schedule_steps=WHOLE,
+            max_grad_norm=0.8,
         ),
         data=DataConfig(path=str(folder / "data.jsonl"), global_batch_size=4),
         checkpoint=CheckpointConfig(**checkpoint),

@@ -16,6 +16,7 @@ from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.plans import Plan
 from moe_trainer.parallel.apply import apply_plan
 from moe_trainer.parallel.mesh import build_meshes
+from moe_trainer.parallel.sequence import SequenceShards
 from moe_trainer.parallel.shards import local_box, local_part
 from moe_trainer.parallel.styles import STYLES, ParallelContext
 from moe_trainer.testing.pool import run_distributed
@@ -157,6 +158,8 @@ def check_style(name: str) -> None:
     expected = output_of(plain, x)
     (expected * weight).sum().backward()
 
+    if context.sequence is None:  # in a whole model the embedding brings it
+        context.sequence = SequenceShards(context.group("tp"))
     context.sequence.batch, context.sequence.seq = (0, 0) if is_embedding else (BATCH, SEQ)
     mine = part(x.detach(), example.input, context).clone().requires_grad_(not is_embedding)
     output = output_of(module, mine)

@@ -1,9 +1,22 @@
 """Which floating-point types a run uses."""
 
+from dataclasses import dataclass
+
 import torch
 
 from moe_trainer.config.schema import DType
-from moe_trainer.parallel.fsdp import Precision
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Types of a run."""
+
+    compute: torch.dtype
+    """Of activations and of the weights they meet."""
+    master: torch.dtype
+    """Of the stored weights and the optimizer's moments."""
+    reduce: torch.dtype
+    """In which gradients are summed."""
 
 
 def compute_dtype(dtype: DType, device: torch.device) -> torch.dtype:
