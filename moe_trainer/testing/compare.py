@@ -1,29 +1,38 @@
 """One process as the reference for every mesh."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.shards import Box, local_box, local_part
 
 
-def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The global tensor on the CPU, put together from every rank's box, and checked where several ranks hold a part.
+def full_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The global tensors on the first rank's CPU, put together from every rank's box; nothing on the other ranks.
 
-    Independent of DTensor's own redistribution. Collective.
+    Checked where several ranks hold the same part, and independent of DTensor's own redistribution. Collective, once
+    for all tensors.
 
     Raises:
         AssertionError: two ranks hold different values of the same part, or a part is nowhere.
     """
-    mine = (local_box(tensor), local_part(tensor).cpu().clone())
-    parts = [mine] * dist.get_world_size()
-    dist.all_gather_object(parts, mine)
+    mine = {name: (local_box(tensor), local_part(tensor).cpu().clone()) for name, tensor in tensors.items()}
+    ranks = [mine] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(mine, ranks)
+    if ranks is None:
+        return {}
+    return {name: _assemble(name, tensor, [rank[name] for rank in ranks]) for name, tensor in tensors.items()}
+
+
+def _assemble(name: str, tensor: torch.Tensor, parts: list[tuple[Box, torch.Tensor]]) -> torch.Tensor:
     whole = torch.zeros(tensor.shape, dtype=tensor.dtype)
     seen = torch.zeros(tensor.shape, dtype=torch.bool)
     for box, part in parts:
         known = seen[box]
-        assert torch.equal(whole[box][known], part[known]), "ranks hold different values of the same part"
+        assert torch.equal(whole[box][known], part[known]), f"{name}: ranks hold different values of the same part"
         whole[box], seen[box] = part, True
-    assert seen.all(), "no rank holds some part of the tensor"
+    assert seen.all(), f"{name}: no rank holds some part"
     return whole
 
 

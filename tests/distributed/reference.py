@@ -18,7 +18,7 @@ from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import Meshes, build_meshes
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_box, local_part
-from moe_trainer.testing.compare import assert_close_by_part, full_tensor
+from moe_trainer.testing.compare import assert_close_by_part, full_tensors
 from moe_trainer.train.loss import LossFn
 
 MODEL = ModelConfig(
@@ -158,7 +158,7 @@ def train_plain(case: Case) -> Outcome:
         plain_model(case),
         LossFn(case.model.num_experts, AUX_COEF),
         clip=torch.nn.utils.clip_grad_norm_,
-        whole=lambda tensor: tensor.detach().cpu().clone(),
+        whole=lambda tensors: {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
     )
 
 
@@ -170,7 +170,7 @@ def train_parallel(case: Case) -> Outcome | None:
         dist.all_reduce(shares)
         return shares / case.parallel.tp  # the ranks of a tensor-parallel group hold the same share
 
-    outcome = _train(case, model, loss_fn, clip_grad_norm, full_tensor, total, meshes.data_rank, meshes.data_size)
+    outcome = _train(case, model, loss_fn, clip_grad_norm, full_tensors, total, meshes.data_rank, meshes.data_size)
     return outcome if dist.get_rank() == 0 else None
 
 
@@ -179,7 +179,7 @@ def _train(
     model: CausalLM,
     loss_fn: LossFn,
     clip: Callable[[Iterable[nn.Parameter], float], torch.Tensor],
-    whole: Callable[[torch.Tensor], torch.Tensor],
+    whole: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
     total: Callable[[torch.Tensor], torch.Tensor] = lambda shares: shares,
     data_rank: int = 0,
     data_size: int = 1,
@@ -197,16 +197,16 @@ def _train(
             loss.backward()
             shares += torch.cat([share.double().flatten() for share in losses])
         shares = total(shares).cpu()
-        if not outcome.gradients:
+        if not outcome.loss:
             counts = shares[2:].view(case.model.num_layers, case.model.num_experts)
-            gradients = {name: whole(parameter.grad) for name, parameter in model.named_parameters()}
+            gradients = whole({name: parameter.grad for name, parameter in model.named_parameters()})
             outcome = outcome._replace(expert_counts=counts, gradients=gradients)
         outcome.loss.append(shares[0].item())
         outcome.aux_loss.append(shares[1].item())
         outcome.grad_norm.append(clip(model.parameters(), MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    return outcome._replace(weights={name: whole(parameter) for name, parameter in model.named_parameters()})
+    return outcome._replace(weights=whole(dict(model.named_parameters())))
 
 
 def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:

@@ -19,7 +19,7 @@ from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_part
-from moe_trainer.testing.compare import full_tensor
+from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import MODEL
 
@@ -51,10 +51,7 @@ def sharded(model: Any, parallel: ParallelConfig) -> torch.nn.Module:
 
 
 def digests(meshes: list[ParallelConfig]) -> list[dict[str, str]]:
-    return [
-        digest({name: full_tensor(parameter) for name, parameter in sharded(MODEL, parallel).named_parameters()})
-        for parallel in meshes
-    ]
+    return [digest(full_tensors(dict(sharded(MODEL, parallel).named_parameters()))) for parallel in meshes]
 
 
 def test_same_seed_same_weights_on_every_mesh() -> None:

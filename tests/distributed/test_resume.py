@@ -5,6 +5,7 @@ import io
 import json
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from moe_trainer.config.schema import (
 )
 from moe_trainer.config.validate import resolve_parallel, world_size_of
 from moe_trainer.observe.sinks import read_metrics
-from moe_trainer.testing.compare import full_tensor
+from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
 
@@ -39,6 +40,9 @@ MESHES = {
     "tp4": ParallelConfig(fsdp=1, tp=4, **BOTH),
     "hsdp2x2": ParallelConfig(dp_replicate=2, fsdp=2),
 }
+# float32 adds rounding to what float64 proves; two meshes show that it stays within bounds.
+USED = {DType.float64: tuple(MESHES), DType.float32: ("one", "fsdp2_tp2")}
+GRID = [(dtype, mesh) for dtype, meshes in USED.items() for mesh in meshes]
 HALF, WHOLE = 5, 10
 TEXT = "\n".join(
     json.dumps({"text": text})
@@ -54,7 +58,7 @@ def config(folder: Path, mesh: str, dtype: DType, **checkpoint: object) -> Confi
         steps=WHOLE,
         device=DeviceName.cpu,
         dtype=dtype,
-        model=ModelConfig(hidden_size=32, intermediate_size=32, num_layers=2, head_dim=8, num_experts=4),
+        model=ModelConfig(hidden_size=32, intermediate_size=32, num_layers=1, head_dim=8, num_experts=4),
         parallel=resolve_parallel(MESHES[mesh], None),
         optim=OptimConfig(
             lr=3e-3,
@@ -70,11 +74,11 @@ def config(folder: Path, mesh: str, dtype: DType, **checkpoint: object) -> Confi
 
 
 def digest(trainer: Trainer) -> str:
-    """Of all weights and both moments, whatever the mesh."""
+    """Of all weights and both moments, whatever the mesh; the first rank's counts."""
     sha = hashlib.sha256()
-    for name, tensor in sorted(trainer._tensors().items()):
+    for name, tensor in sorted(full_tensors(trainer._tensors()).items()):
         sha.update(name.encode())
-        sha.update(full_tensor(tensor).numpy().tobytes())
+        sha.update(tensor.numpy().tobytes())
     return sha.hexdigest()
 
 
@@ -96,41 +100,46 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
 
 
-@pytest.fixture(scope="module", params=[DType.float64, DType.float32], ids=["fp64", "fp32"])
-def trained(request, tmp_path_factory):
-    """Each mesh's run saved at half way, and the uninterrupted run of one process."""
-    folder = tmp_path_factory.mktemp(request.param.value)
-    (folder / "data.jsonl").write_text(TEXT)
-    digests = {}
-    for mesh in MESHES:
-        cfg = config(folder, mesh, request.param)
-        digests[mesh] = run_distributed(train, world_size_of(cfg.parallel), cfg, HALF)[0][1]
-    whole = replace(config(folder, "one", request.param), run_name="whole")
-    run_distributed(train, 1, whole, WHOLE)
-    return folder, request.param, digests
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """For a type: each mesh's run saved at half way and its digest, and the uninterrupted run of one process."""
+
+    @cache
+    def train_meshes(dtype: DType) -> tuple[Path, dict[str, str]]:
+        folder = tmp_path_factory.mktemp(dtype.value)
+        (folder / "data.jsonl").write_text(TEXT)
+        digests = {}
+        for mesh in USED[dtype]:
+            cfg = config(folder, mesh, dtype)
+            digests[mesh] = run_distributed(train, world_size_of(cfg.parallel), cfg, HALF)[0][1]
+        run_distributed(train, 1, replace(config(folder, "one", dtype), run_name="whole"), WHOLE)
+        return folder, digests
+
+    return train_meshes
 
 
-@pytest.mark.parametrize("target", MESHES)
-def test_every_mesh_goes_on_from_every_other(trained, target):
-    folder, dtype, digests = trained
+@pytest.mark.parametrize(("dtype", "target"), GRID)
+def test_every_mesh_goes_on_from_every_other(trained, dtype, target):
+    folder, digests = trained(dtype)
     cfgs = []
-    for source in MESHES:
+    for source in USED[dtype]:
         cfg = config(folder, target, dtype, resume=str(folder / source / "checkpoints" / f"step-{HALF:08d}"))
         cfgs.append((replace(cfg, run_name=f"{source}-to-{target}"), WHOLE))
     results = run_distributed(train_all, world_size_of(cfgs[0][0].parallel), cfgs, timeout=120)[0]
 
     expected = losses(folder / "whole")
     tolerance = 1e-9 if dtype is DType.float64 else 1e-5
-    for (cfg, _), (loaded, _), source in zip(cfgs, results, MESHES, strict=True):
+    for (cfg, _), (loaded, _), source in zip(cfgs, results, USED[dtype], strict=True):
         assert loaded == digests[source], f"{cfg.run_name}: weights or moments changed on the way"
         resumed = losses(Path(cfg.run_dir) / cfg.run_name)
         assert resumed == pytest.approx(expected[HALF:], rel=tolerance), cfg.run_name
     assert losses(folder / target) == pytest.approx(expected[:HALF], rel=tolerance)
 
 
-@pytest.mark.parametrize("mesh", ["one", "fsdp2_tp2", "hsdp2x2"])
+@pytest.mark.parametrize("mesh", ["one", "fsdp2_tp2"])
 def test_on_the_same_mesh_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(trained, mesh):
-    folder, dtype, _ = trained
+    dtype = DType.float32
+    folder, _ = trained(dtype)
     resume = str(folder / mesh / "checkpoints" / f"step-{HALF:08d}")
     whole = replace(config(folder, mesh, dtype), run_name=f"{mesh}-whole")
     halves = replace(config(folder, mesh, dtype, resume=resume), run_name=f"{mesh}-halves")
@@ -140,7 +149,8 @@ def test_on_the_same_mesh_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tra
 
 
 def test_auto_goes_on_with_the_same_folder_and_keeps_the_horizon(trained):
-    folder, dtype, _ = trained
+    dtype = DType.float64
+    folder, _ = trained(dtype)
     cfg = replace(config(folder, "fsdp2", dtype, resume="auto"), run_name="auto")
     cfg.optim = replace(cfg.optim, schedule_steps=None)
     run_distributed(train, 2, cfg, HALF)
@@ -159,7 +169,8 @@ def refuse(cfg: Config) -> str:
 
 
 def test_another_model_or_other_data_are_refused_by_name(trained):
-    folder, dtype, _ = trained
+    dtype = DType.float64
+    folder, _ = trained(dtype)
     checkpoint = str(folder / "one" / "checkpoints" / f"step-{HALF:08d}")
     cfg = config(folder, "fsdp2", dtype, resume=checkpoint)
     wider = replace(cfg, model=replace(cfg.model, intermediate_size=64))

@@ -22,7 +22,7 @@ def start(folder: Path, mode: str) -> subprocess.Popen[str]:
 
 def ranks_of(folder: Path) -> list[int]:
     """Process ids of the two ranks, as soon as both have said theirs."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240  # a loaded machine imports torch slowly
     while time.monotonic() < deadline:
         texts = [path.read_text() for path in folder.glob("rank*")]
         if len(texts) == 2 and all(texts):
