@@ -144,7 +144,7 @@ class DataConfig:
     tokenizer: str = "byte"
     """`byte` (one token a byte) or the path of a tokenizer.json."""
     seq_len: int | None = None
-    """Tokens of a sample; unset takes the length of the longest document."""
+    """Tokens of a sample; unset: the longest document, at most `model.max_position_embeddings`."""
     micro_batch_size: int = 1
     """Sequences of one forward on one data rank."""
     global_batch_size: int = 8

@@ -9,6 +9,7 @@ Only the last line knows about ranks, so nothing needs saving but the position: 
 """
 
 import hashlib
+import logging
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,6 +21,8 @@ from moe_trainer.config.schema import Config
 from moe_trainer.data.packing import PADDING, pack, tokenize
 from moe_trainer.data.sources import read_documents
 from moe_trainer.data.tokenizer import load_tokenizer
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -128,12 +131,11 @@ def build_loader(cfg: Config, vocab_size: int, data_rank: int, data_size: int) -
     """
     data = cfg.data
     tokenizer = load_tokenizer(data.tokenizer)
-    samples = pack(tokenize(read_documents(data), tokenizer, vocab_size, data.tokenizer), data.seq_len)
-    longest = samples.shape[1] - 1
-    if data.seq_len is None and longest > cfg.model.max_position_embeddings:
-        raise ConfigError(
-            f"data: the longest document has {longest} tokens, over "
-            f"model.max_position_embeddings={cfg.model.max_position_embeddings}; set data.seq_len to cut it"
-        )
+    documents = tokenize(read_documents(data), tokenizer, vocab_size, data.tokenizer)
+    seq_len, longest = data.seq_len, max(map(len, documents)) - 1
+    if seq_len is None and longest > cfg.model.max_position_embeddings:
+        seq_len = cfg.model.max_position_embeddings
+        _logger.info("the longest document has %d tokens: cut into samples of %d (data.seq_len)", longest, seq_len)
+    samples = pack(documents, seq_len)
     loader = Loader(samples, data.global_batch_size, data.micro_batch_size, cfg.seed, data_rank, data_size)
     return loader, tokenizer

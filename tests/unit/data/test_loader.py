@@ -111,9 +111,8 @@ def test_one_sentence_repeated_over_the_batch():
     assert (batch.labels[:, -1] == 256).all()
 
 
-def test_a_text_longer_than_the_model_needs_a_seq_len():
+def test_a_text_longer_than_the_model_is_cut_to_its_context():
     cfg = Config(data=DataConfig(text="x" * 99), model=ModelConfig(max_position_embeddings=50))
-    with pytest.raises(ConfigError, match="99 tokens, over model.max_position_embeddings=50; set data.seq_len"):
-        build_loader(cfg, 264, 0, 1)
-    cfg.data.seq_len = 50
-    assert build_loader(cfg, 264, 0, 1)[0].seq_len == 50
+    assert build_loader(cfg, 264, 0, 1)[0].samples.shape == (2, 51)
+    cfg.data.seq_len = 33
+    assert build_loader(cfg, 264, 0, 1)[0].samples.shape == (3, 34)
