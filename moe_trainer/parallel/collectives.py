@@ -74,8 +74,8 @@ def _sum_part(x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup) 
 
 
 def _from_front(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """Move the first dim to `dim`, in memory too; no view where there is nothing to move (FSDP warns about views)."""
-    return x if dim == 0 else x.movedim(0, dim).contiguous()
+    """Move the first dim to `dim`, in memory too. Never a view: FSDP's hooks on what a module returns would warn."""
+    return x if dim == 0 else x.movedim(0, dim).clone(memory_format=torch.contiguous_format)
 
 
 def _pad(x: torch.Tensor, dim: int, length: int) -> torch.Tensor:

@@ -19,6 +19,7 @@ def run_training(cfg: Config) -> None:
     with process_group(cfg.device) as device:
         setup_logging(dist.get_rank())
         trainer = Trainer(cfg, device)
+        _logger.info("%s", trainer.describe())
         trainer.start()
         if trainer.state.step >= cfg.steps:
             _logger.info(

@@ -23,8 +23,9 @@ from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import Config
 from moe_trainer.config.store import to_yaml
 from moe_trainer.data.loader import Batch, build_loader
+from moe_trainer.kernels.grouped_gemm import grouped_gemm_supported
 from moe_trainer.models.registry import FAMILIES
-from moe_trainer.observe.flops import flops_per_token, peak_flops
+from moe_trainer.observe.flops import flops_per_token, num_parameters, peak_flops
 from moe_trainer.observe.log import get_logger
 from moe_trainer.observe.metrics import MetricsLog, expert_load, memory_gib, throughput
 from moe_trainer.optim.adamw import build_adamw, optimizer_tensors, set_optimizer_step
@@ -78,6 +79,20 @@ class Trainer:
     def run_folder(self) -> Path:
         """Where the run writes."""
         return Path(self.cfg.run_dir) / self.cfg.run_name
+
+    def describe(self) -> str:
+        """The run in one line: model, mesh, types, and how the experts are multiplied."""
+        model, parallel = self.cfg.model, self.cfg.parallel
+        axes = {"dp_replicate": parallel.dp_replicate, "fsdp": parallel.fsdp, "tp": parallel.tp, "ep": parallel.ep}
+        mesh = " x ".join(f"{axis}={size}" for axis, size in axes.items() if size > 1 or axis == "fsdp")
+        total, active = num_parameters(model)
+        width = model.intermediate_size // (1 if parallel.expert_parallel else parallel.tp)
+        is_grouped = grouped_gemm_supported(self.precision.compute, model.hidden_size, width)
+        return (
+            f"{model.family.value}, {total:,} parameters ({active:,} active) on {dist.get_world_size()} "
+            f"{self.device.type} rank(s), {mesh}; {self.precision.compute} with {self.precision.master} masters; "
+            f"experts by {'grouped GEMM' if is_grouped else 'one product after the other'}"
+        ).replace("torch.", "")
 
     def start(self) -> None:
         """Give the model its values: from a checkpoint, a Hugging Face folder or the seed."""
