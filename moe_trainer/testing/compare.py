@@ -15,14 +15,23 @@ def full_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]
     for all tensors.
 
     Raises:
-        AssertionError: two ranks hold different values of the same part, or a part is nowhere.
+        AssertionError: on every rank, if two ranks hold different values of the same part, or a part is nowhere.
     """
     mine = {name: (local_box(tensor), local_part(tensor).cpu().clone()) for name, tensor in tensors.items()}
     ranks = [mine] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(mine, ranks)
-    if ranks is None:
-        return {}
-    return {name: _assemble(name, tensor, [rank[name] for rank in ranks]) for name, tensor in tensors.items()}
+    whole: dict[str, torch.Tensor] = {}
+    failure = [""]
+    if ranks is not None:
+        try:
+            whole = {
+                name: _assemble(name, tensor, [rank[name] for rank in ranks]) for name, tensor in tensors.items()
+            }
+        except AssertionError as error:
+            failure = [str(error)]
+    dist.broadcast_object_list(failure)
+    assert not failure[0], failure[0]
+    return whole
 
 
 def _assemble(name: str, tensor: torch.Tensor, parts: list[tuple[Box, torch.Tensor]]) -> torch.Tensor:
