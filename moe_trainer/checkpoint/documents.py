@@ -2,16 +2,14 @@
 
 import json
 from dataclasses import asdict, fields
-from enum import Enum
 
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.config.schema import Family, ModelConfig, RopeConfig, RopeType
 
 
 def model_config_to_json(config: ModelConfig) -> str:
     """One key for each field; an enum is its value."""
-    values = {name: value.value if isinstance(value, Enum) else value for name, value in asdict(config).items()}
-    return json.dumps(values, indent=1) + "\n"
+    return json.dumps(asdict(config), indent=1, default=lambda value: value.value) + "\n"
 
 
 def model_config_from_json(text: str) -> ModelConfig:
@@ -25,7 +23,10 @@ def model_config_from_json(text: str) -> ModelConfig:
         unknown = sorted(values.keys() - {field.name for field in fields(ModelConfig)})
         if unknown:
             raise ConfigError(f"model.json: unknown {', '.join(unknown)}; it was saved by a newer version")
-        return ModelConfig(**{**values, "family": Family(values["family"])})
+        rope = dict(values.pop("rope", {}))
+        if "type" in rope:
+            rope["type"] = RopeType(rope["type"])
+        return ModelConfig(**{**values, "family": Family(values["family"]), "rope": RopeConfig(**rope)})
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -1,7 +1,7 @@
 """One of our checkpoints -> a plain Hugging Face folder. One process, one parameter in memory at a time."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -38,11 +38,11 @@ def export_checkpoint(checkpoint: Path, out: Path, max_shard_bytes: int, dtype: 
     model = model_config_from_json(read_document(checkpoint, "model.json"))
     tokenizer = read_document(checkpoint, "tokenizer.json")
     stored = stored_tensors(checkpoint / TENSORS)
-    shapes = {name.removeprefix(_PREFIX): entry[0] for name, entry in stored.items() if name.startswith(_PREFIX)}
+    names = {name.removeprefix(_PREFIX) for name in stored if name.startswith(_PREFIX)}
     family = FAMILIES[model.family]
     key_map = family.key_map(model, ())
-    if key_map.keys() != shapes.keys():
-        odd = sorted(key_map.keys() ^ shapes.keys())
+    if key_map.keys() != names:
+        odd = sorted(key_map.keys() ^ names)
         raise ConfigError(f"{checkpoint}: weights and model.json do not fit: {', '.join(odd)}")
     kept = next(entry[1] for name, entry in stored.items() if name.startswith(_PREFIX))
     target = kept if dtype is DType.auto else getattr(torch, dtype.value)
@@ -58,7 +58,7 @@ def export_checkpoint(checkpoint: Path, out: Path, max_shard_bytes: int, dtype: 
     }
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in documents.items()}
     read = _LastParameter(checkpoint / TENSORS, stored)
-    tensors = _hub_tensors(key_map, shapes, target, read)
+    tensors = _hub_tensors(key_map, stored, target, read)
     write_hf(out, tensors, texts | {"tokenizer.json": tokenizer}, max_shard_bytes)
 
 
@@ -91,15 +91,22 @@ class _LastParameter:
 
 
 def _hub_tensors(
-    key_map: KeyMap, shapes: dict[str, torch.Size], dtype: torch.dtype, read: Callable[[str], torch.Tensor]
+    key_map: KeyMap,
+    stored: Mapping[str, tuple[torch.Size, torch.dtype]],
+    dtype: torch.dtype,
+    read: Callable[[str], torch.Tensor],
 ) -> Iterator[LazyTensor]:
     """The file's tensors, those of one parameter next to each other."""
     made_of: dict[str, list[tuple[str, Piece]]] = {}
     for name, pieces in key_map.items():
         for piece in pieces:
             made_of.setdefault(piece.key, []).append((name, piece))
+    shapes = {name: stored[_PREFIX + name][0] for name in key_map}
+    dtypes = {name: stored[_PREFIX + name][1] for name in key_map}
     for key, shape in file_shapes(key_map, shapes).items():
-        yield LazyTensor(key, shape, dtype, partial(_assemble, shape, dtype, made_of[key], read))
+        keeps = any(piece.keeps_dtype for _, piece in made_of[key])
+        own = dtypes[made_of[key][0][0]] if keeps else dtype
+        yield LazyTensor(key, shape, own, partial(_assemble, shape, own, made_of[key], read))
 
 
 def _assemble(
@@ -111,5 +118,6 @@ def _assemble(
     value = torch.empty(shape, dtype=dtype)
     for name, piece in parts:
         parameter = read(name)
-        value[source_box(piece, parameter.shape)] = parameter[piece.target].to(dtype)
+        place = value.mT if piece.transposed else value
+        place[source_box(piece, parameter.shape)] = parameter[piece.target].to(dtype)
     return value

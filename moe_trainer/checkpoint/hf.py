@@ -18,13 +18,22 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from moe_trainer.checkpoint.agreement import agreed
+from moe_trainer.checkpoint.decode import read_decoded, stored_as
 from moe_trainer.checkpoint.sharded import refuse_interleaved
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.models.keymap import KeyMap, Piece, file_shapes, source_box, target_box, volume
+from moe_trainer.models.keymap import (
+    UNREAD,
+    KeyMap,
+    Piece,
+    file_order,
+    file_shapes,
+    source_box,
+    target_box,
+    volume,
+)
 from moe_trainer.parallel.shards import Box, local_box, local_part
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_READABLE = ("BF16", "F16", "F32", "F64")
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
 
 
@@ -35,7 +44,7 @@ def load_hf(
 
     Args:
         folder: holds model.safetensors, or shards and model.safetensors.index.json.
-        parameters: name -> parameter, all of the model's.
+        parameters: name -> parameter, all of the model's, and its buffers.
         key_map: from the names in the folder to the family's layout.
 
     Raises:
@@ -62,10 +71,7 @@ def _fill(local: torch.Tensor, box: Box, piece: Piece, shape: Sequence[int], fil
     if any(part.stop <= part.start for part in common):
         return
     wanted = tuple(
-        slice(
-            source[position].start + common[dim].start - target[dim].start,
-            source[position].start + common[dim].stop - target[dim].start,
-        )
+        _part(source[position], common[dim].start - target[dim].start, common[dim].stop - target[dim].start)
         for position, dim in enumerate(kept)
     )
     place: list[int | slice] = [
@@ -74,7 +80,22 @@ def _fill(local: torch.Tensor, box: Box, piece: Piece, shape: Sequence[int], fil
     for dim in set(range(len(place))) - set(kept):
         place[dim] = common[dim].start - box[dim].start
     with torch.no_grad():
-        local[tuple(place)].copy_(files.read(piece.key, wanted))  # casts
+        local[tuple(place)].copy_(_read(piece, wanted, files))  # casts
+
+
+def _part(source: slice, start: int, stop: int) -> slice:
+    """Of a slice with a step, the elements from number `start` to `stop`."""
+    step = source.step or 1
+    return slice(source.start + start * step, source.start + (stop - 1) * step + 1, step)
+
+
+def _read(piece: Piece, wanted: Box, files: "_Files") -> torch.Tensor:
+    """safetensors reads no steps: what lies between is read too, and left out here."""
+    whole = tuple(slice(part.start, part.stop) for part in wanted)
+    value = read_decoded(files.read, piece.key, piece.encoding, file_order(piece, whole))
+    if piece.transposed:
+        value = value.mT
+    return value[tuple(slice(None, None, part.step) for part in wanted)]
 
 
 def _check(folder: Path, files: "_Files", pieces: KeyMap, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -82,15 +103,22 @@ def _check(folder: Path, files: "_Files", pieces: KeyMap, parameters: Mapping[st
     problems = [f"no place in the file layout for parameter {name}" for name in parameters if name not in pieces]
     known = {name: pieces[name] for name in pieces if name in parameters}
     shapes = {name: tuple(parameters[name].shape) for name in known}
-    expected, found = file_shapes(known, shapes), files.keys()
+    encodings = {piece.key: piece.encoding for parts in known.values() for piece in parts}
+    expected = {
+        stored: form
+        for key, shape in file_shapes(known, shapes).items()
+        for stored, form in stored_as(key, encodings[key], shape).items()
+    }
+    found, unread = files.keys(), {piece.key for piece in pieces.get(UNREAD, ())}
     problems += [f"missing: {key}" for key in expected if key not in found]
-    problems += [f"unexpected: {key}" for key in found if key not in expected]
+    problems += [f"unexpected: {key}" for key in found if key not in expected and key not in unread]
     for key in sorted(expected.keys() & found):
         shape, dtype = files.describe(key)
-        if shape != expected[key]:
-            problems.append(f"{key}: shape {list(shape)} in the file, {list(expected[key])} here")
-        if dtype not in _READABLE:
-            problems.append(f"{key}: {dtype} is not one of {', '.join(_READABLE)}")
+        expected_shape, dtypes = expected[key]
+        if shape != expected_shape:
+            problems.append(f"{key}: shape {list(shape)} in the file, {list(expected_shape)} here")
+        if dtype not in dtypes:
+            problems.append(f"{key}: {dtype} is not one of {', '.join(dtypes)}")
     for name, parameter in parameters.items():
         refuse_interleaved(name, parameter)
     if problems:

@@ -13,8 +13,10 @@ from moe_trainer.cli.command import (
 from moe_trainer.cli.launch import launch
 from moe_trainer.config.keys import keys_help
 from moe_trainer.config.schema import ModelConfig
+from moe_trainer.config.shape import check_init_from
 from moe_trainer.config.store import compose, config_groups, recipes
-from moe_trainer.config.validate import check_init_from, validate, world_size_of
+from moe_trainer.config.validate import validate, world_size_of
+from moe_trainer.models.hub import model_config_from_hf
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -56,8 +58,6 @@ def _train(argv: list[str]) -> int:
 
 
 def _shape_of(init_from: str) -> ModelConfig:
-    from moe_trainer.models.mixtral.hf import model_config_from_hf
-
     return replace(model_config_from_hf(check_init_from(init_from)), init_from=init_from)
 
 

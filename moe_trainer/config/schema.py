@@ -12,6 +12,18 @@ class Family(Enum):
     """Model families, each a package under `moe_trainer/models/`."""
 
     mixtral = "mixtral"
+    qwen3_moe = "qwen3_moe"
+    olmoe = "olmoe"
+    deepseek_v3 = "deepseek_v3"
+    gpt_oss = "gpt_oss"
+
+
+class RopeType(Enum):
+    """How rotary positions are stretched beyond the length of pretraining."""
+
+    default = "default"
+    linear = "linear"
+    yarn = "yarn"
 
 
 class DType(Enum):
@@ -39,12 +51,46 @@ class ScheduleName(Enum):
     cosine = "cosine"
 
 
+class Quantization(Enum):
+    """Types of the weights in generation."""
+
+    none = "none"
+    int8 = "int8"
+    fp8 = "fp8"
+
+
 class WandbMode(Enum):
     """Whether and how metrics go to Weights & Biases."""
 
     disabled = "disabled"
     offline = "offline"
     online = "online"
+
+
+@dataclass(slots=True)
+class RopeConfig:
+    """Rotary position embedding."""
+
+    theta: float = 1e6
+    """Base of the angles."""
+    type: RopeType = RopeType.default
+    """Stretching: none, `linear`, or `yarn`."""
+    factor: float = 1.0
+    """By how much `linear` and `yarn` stretch."""
+    original_max_position_embeddings: int = 4096
+    """yarn: length of pretraining."""
+    beta_fast: float = 32.0
+    """yarn: rotations over that length above which a frequency is kept."""
+    beta_slow: float = 1.0
+    """yarn: rotations below which a frequency is fully stretched."""
+    mscale: float | None = None
+    """yarn: numerator of the scale of cosine and sine."""
+    mscale_all_dim: float | None = None
+    """yarn: its denominator, and the scale of attention scores in deepseek_v3."""
+    attention_factor: float | None = None
+    """yarn: scale of cosine and sine, in place of the one computed."""
+    truncate: bool = True
+    """yarn: round the range of stretched frequencies to whole dims."""
 
 
 @dataclass(slots=True)
@@ -75,12 +121,52 @@ class ModelConfig:
     """Experts that each token goes to."""
     rms_norm_eps: float = 1e-5
     """Added to the mean square in RMSNorm."""
-    rope_theta: float = 1e6
-    """Base of the rotary position embedding."""
+    rope: RopeConfig = field(default_factory=RopeConfig)
+    """Rotary position embedding."""
     max_position_embeddings: int = 4096
     """Longest sequence the model is meant for; written to config.json on export."""
     initializer_range: float = 0.02
     """Standard deviation of the initial weights."""
+    tie_word_embeddings: bool = False
+    """The head's weight is the embedding's."""
+    norm_topk_prob: bool = True
+    """Rescale the chosen experts' weights to sum to one."""
+    dense_layers: list[int] = field(default_factory=list)
+    """Layers with a dense MLP in place of experts."""
+    dense_intermediate_size: int | None = None
+    """Width of the dense MLPs."""
+    sliding_window: int | None = None
+    """Positions that a token attends to, itself included; unset: all before it."""
+    sliding_layers: list[int] | None = None
+    """Layers that use the window; unset: all."""
+    clip_qkv: float | None = None
+    """olmoe: clamp queries, keys and values to this magnitude."""
+    num_shared_experts: int = 0
+    """deepseek_v3: experts that every token goes to, run as one MLP of their joint width."""
+    num_expert_groups: int = 1
+    """deepseek_v3: groups among which the router chooses first."""
+    top_k_groups: int = 1
+    """deepseek_v3: groups that each token may choose experts from."""
+    routed_scaling_factor: float = 1.0
+    """deepseek_v3: multiplies the experts' weights."""
+    q_lora_rank: int | None = None
+    """deepseek_v3: width of the queries' latent; unset: queries are projected directly."""
+    kv_lora_rank: int = 512
+    """deepseek_v3: width of the latent of keys and values."""
+    qk_nope_head_dim: int = 128
+    """deepseek_v3: part of a query and key head without position."""
+    qk_rope_head_dim: int = 64
+    """deepseek_v3: part with rotary position, shared by all key heads."""
+    v_head_dim: int = 128
+    """deepseek_v3: width of a value head."""
+    rope_interleave: bool = True
+    """deepseek_v3: rotary pairs lie side by side in the weights."""
+    attention_bias: bool = False
+    """Biases in the attention projections."""
+    swiglu_alpha: float = 1.702
+    """gpt_oss: gain of the gate's sigmoid."""
+    swiglu_limit: float = 7.0
+    """gpt_oss: clamp of gate and up before the product."""
 
 
 @dataclass(slots=True)
@@ -121,6 +207,8 @@ class OptimConfig:
     """Also decay norms, biases and the router."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm."""
+    expert_bias_rate: float = 0.001
+    """Step of the loss-free expert bias of deepseek_v3 after each optimizer step; 0 leaves it as it is."""
     aux_coef: float = 0.0
     """Weight of the router's load-balancing loss."""
     schedule: ScheduleName = ScheduleName.cosine
@@ -237,6 +325,8 @@ class GenerateConfig:
     """Sample among the likeliest tokens that together have this probability."""
     seed: int = 0
     """Seed of the sampling."""
+    quantization: Quantization = Quantization.none
+    """Linear and expert weights in 8 bits: `int8` (weights alone) or `fp8` (activations too)."""
     device: DeviceName = DeviceName.auto
     """Where to compute."""
     dtype: DType = DType.auto

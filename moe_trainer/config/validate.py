@@ -4,11 +4,11 @@ Nothing here imports torch: a mistake costs one line before any rank starts. Wha
 GPUs, comes in as a number.
 """
 
-import math
 import re
 from dataclasses import replace
 from pathlib import Path
 
+from moe_trainer.config.checks import at_least, positive
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import (
     Config,
@@ -22,6 +22,7 @@ from moe_trainer.config.schema import (
     OptimConfig,
     ParallelConfig,
 )
+from moe_trainer.config.shape import check_divisions, check_model
 
 _WIDTH = {DType.bfloat16: 16, DType.float32: 32, DType.float64: 64}
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -41,7 +42,7 @@ def validate(
         ConfigError: the first rule that is broken.
     """
     _check_run(cfg)
-    _check_model(cfg.model)
+    check_model(cfg.model)
     _check_optim(cfg.optim, cfg.steps)
     _check_data(cfg.data, cfg.model)
     gpus_to_use = 0 if cfg.device is DeviceName.cpu else num_gpus or 0
@@ -67,7 +68,7 @@ def resolve_parallel(parallel: ParallelConfig, world_size: int | None, num_gpus:
     for name in ("dp_replicate", "tp", "ep"):
         size = getattr(parallel, name)
         if size is not None:
-            _at_least(f"parallel.{name}", size, 1)
+            at_least(f"parallel.{name}", size, 1)
     if parallel.fsdp != -1 and parallel.fsdp < 1:
         raise ConfigError(f"parallel.fsdp={parallel.fsdp} must be at least 1, or -1 for what is left of the world")
 
@@ -110,13 +111,13 @@ def validate_generate(cfg: GenerateConfig, world_size: int | None, num_gpus: int
     _check_checkpoint(cfg.checkpoint)
     if not cfg.prompt:
         raise ConfigError('prompt="TEXT" must be given: the text to continue')
-    _at_least("max_new_tokens", cfg.max_new_tokens, 1)
-    _at_least("temperature", cfg.temperature, 0)
+    at_least("max_new_tokens", cfg.max_new_tokens, 1)
+    at_least("temperature", cfg.temperature, 0)
     if cfg.top_k is not None:
-        _at_least("top_k", cfg.top_k, 1)
+        at_least("top_k", cfg.top_k, 1)
     if not 0 < cfg.top_p <= 1:
         raise ConfigError(f"top_p={cfg.top_p} must be above 0 and at most 1")
-    _at_least("parallel.tp", cfg.parallel.tp, 1)
+    at_least("parallel.tp", cfg.parallel.tp, 1)
     if world_size is not None and world_size != cfg.parallel.tp:
         raise ConfigError(f"parallel.tp={cfg.parallel.tp} must be the number of ranks, WORLD_SIZE is {world_size}")
     if num_gpus is None:
@@ -170,8 +171,8 @@ def _check_run(cfg: Config) -> None:
         raise ConfigError(f"run_name={cfg.run_name!r} must be a folder name of letters, digits, '.', '_' and '-'")
     if not cfg.run_dir:
         raise ConfigError("run_dir must not be empty")
-    _at_least("steps", cfg.steps, 1)
-    _at_least("seed", cfg.seed, 0)
+    at_least("steps", cfg.steps, 1)
+    at_least("seed", cfg.seed, 0)
     for key, value in (
         ("nproc", cfg.nproc),
         ("checkpoint.every", cfg.checkpoint.every),
@@ -179,53 +180,26 @@ def _check_run(cfg: Config) -> None:
         ("logging.every", cfg.logging.every),
     ):
         if value is not None:
-            _at_least(key, value, 1)
+            at_least(key, value, 1)
     both = cfg.dtype is not DType.auto and cfg.reduce_dtype is not DType.auto
     if both and _WIDTH[cfg.reduce_dtype] < _WIDTH[cfg.dtype]:
         raise ConfigError(f"reduce_dtype={cfg.reduce_dtype.value} must not be narrower than dtype={cfg.dtype.value}")
 
 
-def _check_model(model: ModelConfig) -> None:
-    for name in (
-        *("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"),
-        *("num_experts", "top_k", "max_position_embeddings"),
-    ):
-        _at_least(f"model.{name}", getattr(model, name), 1)
-    for name in ("rms_norm_eps", "rope_theta", "initializer_range"):
-        _positive(f"model.{name}", getattr(model, name))
-    _divides("model.num_kv_heads", model.num_kv_heads, "num_heads", model.num_heads)
-    if model.top_k > model.num_experts:
-        raise ConfigError(f"model.top_k={model.top_k} must be at most num_experts({model.num_experts})")
-    if model.head_dim % 2:
-        raise ConfigError(f"model.head_dim={model.head_dim} must be even: rotary embeddings turn pairs")
-    if model.init_from is not None:
-        check_init_from(model.init_from)
-
-
-def check_init_from(init_from: str) -> Path:
-    """The Hugging Face folder to start from, which holds a config.json."""
-    folder = Path(init_from).expanduser()
-    if not folder.is_dir():
-        raise ConfigError(f"model.init_from={init_from}: there is no such folder")
-    if not (folder / "config.json").is_file():
-        raise ConfigError(f"model.init_from={init_from}: no config.json in it, so it is no Hugging Face folder")
-    return folder
-
-
 def _check_optim(optim: OptimConfig, steps: int) -> None:
     for name in ("lr", "eps"):
-        _positive(f"optim.{name}", getattr(optim, name))
+        positive(f"optim.{name}", getattr(optim, name))
     if not optim.max_grad_norm > 0:
         raise ConfigError(f"optim.max_grad_norm={optim.max_grad_norm} must be above 0 (.inf never clips)")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             raise ConfigError(f"optim.{name}={getattr(optim, name)} must be at least 0 and below 1")
     for name in ("weight_decay", "aux_coef", "warmup_steps"):
-        _at_least(f"optim.{name}", getattr(optim, name), 0)
+        at_least(f"optim.{name}", getattr(optim, name), 0)
     if not 0 <= optim.min_lr_ratio <= 1:
         raise ConfigError(f"optim.min_lr_ratio={optim.min_lr_ratio} must be between 0 and 1")
     if optim.schedule_steps is not None:
-        _at_least("optim.schedule_steps", optim.schedule_steps, 1)
+        at_least("optim.schedule_steps", optim.schedule_steps, 1)
     name, horizon = ("steps", steps) if optim.schedule_steps is None else ("schedule_steps", optim.schedule_steps)
     if optim.warmup_steps > horizon:
         raise ConfigError(f"optim.warmup_steps={optim.warmup_steps} must be at most {name}({horizon})")
@@ -242,32 +216,14 @@ def _check_data(data: DataConfig, model: ModelConfig) -> None:
     if data.tokenizer != "byte":
         _check_file("data.tokenizer", data.tokenizer, "; give byte or the path of a tokenizer.json")
     for name in ("micro_batch_size", "global_batch_size"):
-        _at_least(f"data.{name}", getattr(data, name), 1)
+        at_least(f"data.{name}", getattr(data, name), 1)
     if data.seq_len is not None:
-        _at_least("data.seq_len", data.seq_len, 1)
+        at_least("data.seq_len", data.seq_len, 1)
         if data.seq_len > model.max_position_embeddings:
             raise ConfigError(
                 f"data.seq_len={data.seq_len} must be at most "
                 f"model.max_position_embeddings({model.max_position_embeddings})"
             )
-
-
-def check_divisions(model: ModelConfig, parallel: ParallelConfig) -> None:
-    """A resolved mesh must divide what it splits: heads, vocabulary, experts or their insides, hidden."""
-    tp, ep, fsdp = parallel.tp, parallel.ep, parallel.fsdp
-    for name in ("num_heads", "num_kv_heads", "vocab_size"):
-        _divides("parallel.tp", tp, f"model.{name}", getattr(model, name))
-    if parallel.expert_parallel:
-        _divides("parallel.ep", ep, "model.num_experts", model.num_experts)
-    else:
-        _divides("parallel.tp", tp, "model.intermediate_size", model.intermediate_size)
-    # FSDP shards experts by number while each shard gets one, and otherwise along hidden, which must then be even.
-    shards, name = (fsdp * tp // ep, "fsdp x tp / ep") if parallel.expert_parallel else (fsdp, "fsdp")
-    if shards * ep > model.num_experts and model.hidden_size % shards:
-        raise ConfigError(
-            f"parallel.fsdp={fsdp}: with more shards than experts, {name} ({shards}) "
-            f"must divide model.hidden_size({model.hidden_size})"
-        )
 
 
 def _check_batch(data: DataConfig, parallel: ParallelConfig) -> None:
@@ -325,18 +281,3 @@ def _check_file(key: str, text: str, hint: str = "") -> None:
         raise ConfigError(f"{key}={text}: {what}{hint}")
     if path.stat().st_size == 0:
         raise ConfigError(f"{key}={text}: the file is empty{hint}")
-
-
-def _at_least(key: str, value: int | float, least: int) -> None:
-    if not (value >= least and math.isfinite(value)):
-        raise ConfigError(f"{key}={value} must be at least {least}")
-
-
-def _positive(key: str, value: float) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise ConfigError(f"{key}={value} must be above 0")
-
-
-def _divides(key: str, divisor: int, name: str, number: int) -> None:
-    if number % divisor:
-        raise ConfigError(f"{key}={divisor} must divide {name}({number})")

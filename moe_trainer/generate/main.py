@@ -12,8 +12,9 @@ from torch.distributed import ProcessGroup
 
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import GenerateConfig, ParallelConfig
-from moe_trainer.config.validate import check_divisions
+from moe_trainer.config.shape import check_divisions
 from moe_trainer.generate.decoding import generate
+from moe_trainer.generate.quantization import quantize_model
 from moe_trainer.generate.sampling import Sampler
 from moe_trainer.generate.source import Source, load_weights, open_source
 from moe_trainer.generate.text import TextStream
@@ -73,6 +74,7 @@ def continue_prompt(cfg: GenerateConfig, device: torch.device, write: Callable[[
     check_divisions(source.model, parallel)
     prompt_ids = _encode(cfg, source)
     model, group = _load_model(source, parallel, device, compute_dtype(cfg.dtype, device))
+    quantize_model(model, cfg.quantization)
 
     sampler = Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed)
     stream = TextStream(source.tokenizer, prompt_ids)
@@ -98,7 +100,7 @@ def _load_model(
         if isinstance(module, PRECISE):
             module.to(torch.promote_types(dtype, torch.float32))
     model.to_empty(device=device).requires_grad_(False)
-    load_weights(source, dict(model.named_parameters()))
+    load_weights(source, dict(model.named_parameters()) | dict(model.named_buffers()))
     return model, None if meshes.tp is None else meshes.tp.get_group()
 
 

@@ -16,8 +16,9 @@ from moe_trainer.checkpoint.hf import load_hf
 from moe_trainer.checkpoint.manager import COMMIT, TENSORS, read_document, resolve_checkpoint
 from moe_trainer.checkpoint.sharded import load_tensors, stored_tensors
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.data.tokenizer import end_of_text_id, load_tokenizer
+from moe_trainer.models.hub import model_config_from_hf
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.shards import local_part
 
@@ -43,9 +44,8 @@ def open_source(path: Path) -> Source:
         ConfigError: none of the three kinds of folder, or one with a missing or damaged document.
     """
     if (path / "config.json").is_file() and not (path / COMMIT).is_file():
-        family = FAMILIES[Family.mixtral]
         tokenizer = _tokenizer(path)
-        return Source(path, True, family.config_from_hf(path), tokenizer, _hf_stop_ids(path, tokenizer))
+        return Source(path, True, model_config_from_hf(path), tokenizer, _hf_stop_ids(path, tokenizer))
     folder = resolve_checkpoint(path)
     tokenizer = _tokenizer(folder)
     end = end_of_text_id(tokenizer)

@@ -5,11 +5,14 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.models.attention import KVCache
 from moe_trainer.models.linear import Embedding, Linear
-from moe_trainer.models.moe import Routing
+from moe_trainer.models.mlp import SwiGLU
+from moe_trainer.models.moe import SparseMoeBlock
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.rope import Rotation, rotation
+from moe_trainer.models.router import Routing
 
 
 class ModelOutput(NamedTuple):
@@ -22,63 +25,73 @@ class ModelOutput(NamedTuple):
 
 
 class DecoderLayer(nn.Module):
-    """Attention and a sparse MLP, each on the normed input and added to the residual stream."""
+    """Attention and an MLP, each on the normed input and added to the residual stream.
 
-    def __init__(self, self_attn: nn.Module, mlp: nn.Module, hidden_size: int, rms_norm_eps: float) -> None:
+    A layer has either `mlp`, a sparse one, or `dense_mlp`: two names, so that a plan's patterns tell them apart.
+    """
+
+    def __init__(
+        self, self_attn: nn.Module, mlp: SparseMoeBlock | SwiGLU, hidden_size: int, rms_norm_eps: float
+    ) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(hidden_size, rms_norm_eps)
         self.self_attn = self_attn
         self.post_attention_layernorm = RMSNorm(hidden_size, rms_norm_eps)
-        self.mlp = mlp
+        self.mlp = mlp if isinstance(mlp, SparseMoeBlock) else None
+        self.dense_mlp = mlp if isinstance(mlp, SwiGLU) else None
 
-    def forward(self, x: torch.Tensor, rope: Rotation, cache: KVCache | None) -> tuple[torch.Tensor, Routing]:
-        """[batch, seq, hidden] -> the same, and the layer's routing."""
+    def forward(self, x: torch.Tensor, rope: Rotation, cache: KVCache | None) -> tuple[torch.Tensor, Routing | None]:
+        """[batch, seq, hidden] -> the same, and the routing of a sparse layer."""
         x = x + self.self_attn(self.input_layernorm(x), rope, cache)
-        out, routing = self.mlp(self.post_attention_layernorm(x))
+        normed = self.post_attention_layernorm(x)
+        if self.dense_mlp is not None:
+            return x + self.dense_mlp(normed), None
+        out, routing = self.mlp(normed)
         return x + out, routing
 
 
 class Decoder(nn.Module):
     """Embedding, layers and final norm."""
 
-    def __init__(
-        self,
-        layers: list[DecoderLayer],
-        vocab_size: int,
-        hidden_size: int,
-        head_dim: int,
-        rms_norm_eps: float,
-        rope_theta: float,
-    ) -> None:
+    def __init__(self, cfg: ModelConfig, layers: list[DecoderLayer], rope_width: int) -> None:
+        """`rope_width`: rotated dims of a head."""
         super().__init__()
-        self.head_dim = head_dim
-        self.rope_theta = rope_theta
-        self.embed_tokens = Embedding(vocab_size, hidden_size)
+        self.rope = cfg.rope
+        self.rope_width = rope_width
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(layers)
-        self.norm = RMSNorm(hidden_size, rms_norm_eps)
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(
         self, input_ids: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, tuple[Routing, ...]]:
-        """[batch, seq] -> hidden states [batch, seq, hidden] and the layers' routings."""
+        """[batch, seq] -> hidden states [batch, seq, hidden] and the sparse layers' routings."""
         start = cache.length if cache is not None else 0
         positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         x = self.embed_tokens(input_ids)
-        rope = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
+        rope = rotation(positions, self.rope_width, self.rope, x.dtype)
         routings = []
         for layer in self.layers:
             x, routing = layer(x, rope, cache)
-            routings.append(routing)
+            if routing is not None:
+                routings.append(routing)
         return self.norm(x), tuple(routings)
 
 
 class CausalLM(nn.Module):
-    """Decoder and language-model head."""
+    """Decoder and language-model head, whose weight may be the embedding's."""
 
-    def __init__(self, decoder: Decoder, vocab_size: int, hidden_size: int) -> None:
+    def __init__(self, cfg: ModelConfig, layers: list[DecoderLayer], rope_width: int) -> None:
         super().__init__()
-        self.model = decoder
-        self.lm_head = Linear(hidden_size, vocab_size)
+        self.is_tied = cfg.tie_word_embeddings
+        self.model = Decoder(cfg, layers, rope_width)
+        self.lm_head = Linear(cfg.hidden_size, cfg.vocab_size)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head's weight the embedding's, where the config says so; again after weights were replaced."""
+        if self.is_tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> ModelOutput:
         """Next-token logits for token ids [batch, seq].

@@ -10,10 +10,14 @@ from torch import nn
 
 
 class Linear(nn.Module):
-    """`x @ weight.T + bias`; weight [out_features, in_features]."""
+    """`x @ weight.T + bias`; weight [out_features, in_features].
 
-    def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
+    `heads` says that out_features are so many heads, which must stay whole.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = False, heads: int | None = None) -> None:
         super().__init__()
+        self.heads = heads
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 

@@ -17,6 +17,12 @@ class RMSNorm(nn.Module):
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., width], in x's type."""
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
-        return (normed * weight).to(x.dtype)
+        return self.scale(x, self.square(x).mean(-1, keepdim=True), weight)
+
+    def square(self, x: torch.Tensor) -> torch.Tensor:
+        """Elementwise, in float32 at least."""
+        return x.to(torch.promote_types(x.dtype, torch.float32)).square()
+
+    def scale(self, x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The norm, given the mean square [..., 1]: that of the whole width, of which x may be a part."""
+        return (x.to(mean_square.dtype) * torch.rsqrt(mean_square + self.eps) * weight).to(x.dtype)

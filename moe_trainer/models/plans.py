@@ -14,3 +14,5 @@ class ParallelPlans:
     sp: Plan | None
     tp_ep: Plan | None
     sp_ep: Plan | None
+    optional: frozenset[str] = frozenset()
+    """Patterns of parts that not every config of the family has: these alone may match nothing."""

@@ -2,7 +2,7 @@
 
 import re
 
-from moe_trainer.config.schema import ModelConfig
+from moe_trainer.config.schema import Family, ModelConfig
 
 _DENSE_BF16_PEAKS = (
     # Words that must all be in the device's name; the first match counts. FLOP/s without sparsity, from data sheets.
@@ -24,30 +24,74 @@ _DENSE_BF16_PEAKS = (
 
 
 def num_parameters(model: ModelConfig) -> tuple[int, int]:
-    """Parameters of the model, and those that one token uses: `top_k` experts of each layer and all the rest.
+    """Parameters of the model, and those that one token uses: `top_k` experts of each sparse layer and all the rest.
 
-    Both count the embedding and the head, which are not tied.
+    Both count the embedding, and the head where it is not the embedding itself.
     """
     hidden = model.hidden_size
-    attention = hidden * model.head_dim * (2 * model.num_heads + 2 * model.num_kv_heads)
-    router = model.num_experts * hidden
-    norms = 2 * hidden
-    expert = 3 * hidden * model.intermediate_size
-    outside = 2 * model.vocab_size * hidden + hidden + model.num_layers * (attention + router + norms)
-    experts, active_experts = (model.num_layers * count * expert for count in (model.num_experts, model.top_k))
-    return outside + experts, outside + active_experts
+    has_biases = model.family is Family.gpt_oss
+    router = model.num_experts * (hidden + has_biases)
+    expert = 3 * hidden * model.intermediate_size + has_biases * (2 * model.intermediate_size + hidden)
+    shared = 3 * hidden * model.num_shared_experts * model.intermediate_size
+    num_dense = len(model.dense_layers)
+    num_sparse = model.num_layers - num_dense
+    tables = (1 if model.tie_word_embeddings else 2) * model.vocab_size * hidden
+    outside = tables + hidden + model.num_layers * (_attention_parameters(model) + 2 * hidden)
+    outside += num_sparse * (router + shared) + num_dense * 3 * hidden * (model.dense_intermediate_size or 0)
+    return outside + num_sparse * model.num_experts * expert, outside + num_sparse * model.top_k * expert
+
+
+def _attention_parameters(model: ModelConfig) -> int:
+    """Of one layer: projections, their biases, norms and sinks."""
+    hidden, heads = model.hidden_size, model.num_heads
+    if model.family is Family.deepseek_v3:
+        return _latent_attention_parameters(model)
+    queries, keys = heads * model.head_dim, model.num_kv_heads * model.head_dim
+    norms = {Family.qwen3_moe: 2 * model.head_dim, Family.olmoe: queries + keys}.get(model.family, 0)
+    sinks = heads if model.family is Family.gpt_oss else 0
+    biases = queries + 2 * keys + hidden if model.attention_bias else 0
+    return 2 * hidden * (queries + keys) + norms + sinks + biases
+
+
+def _latent_attention_parameters(model: ModelConfig) -> int:
+    hidden, heads, rank = model.hidden_size, model.num_heads, model.kv_lora_rank
+    queries = heads * (model.qk_nope_head_dim + model.qk_rope_head_dim)
+    latent = rank + model.qk_rope_head_dim
+    count = hidden * latent + rank + rank * heads * (model.qk_nope_head_dim + model.v_head_dim)
+    count += heads * model.v_head_dim * hidden
+    biases = latent + hidden
+    if model.q_lora_rank is None:
+        count += hidden * queries
+    else:
+        count += model.q_lora_rank * (hidden + 1 + queries)
+        biases += model.q_lora_rank
+    return count + (biases if model.attention_bias else 0)
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Floating-point operations that training needs for one token, forward and backward.
 
     The usual convention (Kaplan et al., 2020; Chowdhery et al., 2022): 6 for each active parameter, with the head but
-    without the embedding lookup, and 6 * layers * heads * head_dim * seq for the attention scores and values, half of
-    the full square because it is causal. Recomputation, dropped or padded tokens do not count.
+    without the embedding lookup, and for the attention scores and values 6 * heads * (query width + value width) for
+    each position looked at: half of all on average, because it is causal, and fewer through a sliding window.
+    Recomputation, dropped or padded tokens do not count.
     """
     _, active = num_parameters(model)
-    multiplied = active - model.vocab_size * model.hidden_size
-    return 6.0 * multiplied + 6.0 * model.num_layers * model.num_heads * model.head_dim * seq_len
+    lookup = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
+    widths = 2 * model.head_dim
+    if model.family is Family.deepseek_v3:
+        widths = model.qk_nope_head_dim + model.qk_rope_head_dim + model.v_head_dim
+    looked_at = sum(_mean_context(model, layer, seq_len) for layer in range(model.num_layers))
+    return 6.0 * (active - lookup) + 6.0 * model.num_heads * widths * looked_at
+
+
+def _mean_context(model: ModelConfig, layer: int, seq_len: int) -> float:
+    """Positions that a token attends to, averaged over the sequence."""
+    window = model.sliding_window
+    slides = model.sliding_layers is None or layer in model.sliding_layers
+    if window is None or not slides or window >= seq_len:
+        return seq_len / 2
+    return window - window**2 / (2 * seq_len)
 
 
 def peak_flops(device_name: str) -> float | None:

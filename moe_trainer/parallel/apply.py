@@ -11,7 +11,7 @@ from moe_trainer.models.plans import Plan
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.plan import resolve_plan, select_parallel_plan, verify_plan
-from moe_trainer.parallel.styles import LeafStyle, ModuleStyle, ParallelContext, Style, WeightStyle
+from moe_trainer.parallel.styles import ModuleStyle, ParallelContext, Style, WeightStyle
 
 
 def build_model(
@@ -30,17 +30,26 @@ def build_model(
     family = FAMILIES[cfg.family]
     with torch.device("meta"):
         model = family.build(cfg).to(dtype)
-    return model, apply_plan(model, select_parallel_plan(parallel, family.plans, cfg.family), meshes)
+    plan = select_parallel_plan(parallel, family.plans, cfg.family)
+    optional = family.plans.optional if parallel.plan is None else frozenset()
+    context = apply_plan(model, plan, meshes, optional)
+    model.tie()
+    return model, context
 
 
-def apply_plan(model: nn.Module, plan: Plan, meshes: Meshes) -> ParallelContext:
+def apply_plan(
+    model: nn.Module, plan: Plan, meshes: Meshes, optional: frozenset[str] = frozenset()
+) -> ParallelContext:
     """Split a model on the meta device: its parameters first, then the forward functions.
+
+    Args:
+        optional: patterns that may match nothing.
 
     Raises:
         ConfigError: the plan does not fit the model.
     """
     context = ParallelContext(meshes)
-    rules = resolve_plan(model, plan)
+    rules = resolve_plan(model, plan, optional)
     axes = {"tp": meshes.tp, "ep": meshes.ep}
     active = {name: style for name, style in rules.items() if axes[style.axis] is not None}
     for name, style in active.items():
@@ -62,9 +71,8 @@ def _place(model: nn.Module, name: str, style: Style, mesh: DeviceMesh) -> None:
         _shard(model.get_submodule(owner), parameter, style.placement, mesh)
         return
     module = model.get_submodule(name)
-    _shard(module, "weight", style.weight, mesh)
-    if isinstance(style, LeafStyle) and getattr(module, "bias", None) is not None:
-        _shard(module, "bias", style.bias, mesh)
+    for parameter, placement in style.placements(module, mesh.size()).items():
+        _shard(module, parameter, placement, mesh)
 
 
 def _shard(module: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:

@@ -8,8 +8,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
 from moe_trainer.models.decoder import DecoderLayer
-from moe_trainer.models.moe import Experts, Router
+from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.router import Router
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_part
@@ -39,8 +40,9 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> N
         fully_shard(precise, mesh=dense, mp_policy=master)
         fully_shard(layer, mesh=dense, mp_policy=compute)
     fully_shard(model.model.norm, mesh=dense, mp_policy=master)
-    fully_shard(model.model.embed_tokens, mesh=dense, mp_policy=compute)
-    fully_shard(model.lm_head, mesh=dense, mp_policy=compute, reshard_after_forward=False)
+    if not model.is_tied:  # a tied weight stays in the last group, which spans both uses
+        fully_shard(model.model.embed_tokens, mesh=dense, mp_policy=compute)
+        fully_shard(model.lm_head, mesh=dense, mp_policy=compute, reshard_after_forward=False)
     fully_shard(model, mesh=dense, mp_policy=compute)
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -49,12 +51,13 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> N
 
 
 def expert_shard_dim(experts: Experts, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard] | None:
-    """FSDP's dim of each expert weight: whole experts while there are enough for every rank, else `hidden`.
+    """FSDP's dim of each expert weight: whole experts while there are enough for every rank, else the last wide dim.
 
-    Never dim 1 of gate_up_proj, which has length 2. The hidden dim must divide evenly; the config checks it.
+    Never dim 1 of gate_up_proj, which has length 2. That dim must divide evenly; the config checks it.
     """
     num_local_experts = len(local_part(experts.gate_up_proj))
     if mesh.size(mesh.ndim - 1) <= num_local_experts:
         return None
-    hidden_dims = {id(experts.gate_up_proj): 3, id(experts.down_proj): 1}
-    return lambda parameter: Shard(hidden_dims[id(parameter)])
+    hidden_dims = {"gate_up_proj": 3, "down_proj": 1, "gate_up_bias": 2, "down_bias": 1}
+    dims = {id(parameter): hidden_dims[name] for name, parameter in experts.named_parameters(recurse=False)}
+    return lambda parameter: Shard(dims[id(parameter)])

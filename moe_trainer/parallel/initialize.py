@@ -12,18 +12,20 @@ from moe_trainer.parallel.shards import local_box, local_part
 
 @torch.no_grad()
 def initialize(model: nn.Module, seed: int, std: float) -> None:
-    """Fill each rank's shards: norms with one, biases with zero, matrices from a normal distribution.
+    """Fill each rank's shards: norms with one, biases and buffers with zero, matrices from a normal distribution.
 
     Each parameter, and each expert of an expert weight, has its own random stream, seeded by (seed, name, expert),
     drawn on the CPU in float32. A rank draws one such tensor at a time and keeps its part, so it holds at most its
     share and one tensor, and every mesh starts from the same weights.
     """
+    for buffer in model.buffers():
+        buffer.zero_()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             local = local_part(parameter)
             if isinstance(module, RMSNorm):
                 local.fill_(1.0)
-            elif name.endswith(".bias"):
+            elif name.endswith("bias"):
                 local.zero_()
             elif isinstance(module, Experts):
                 experts, *rest = local_box(parameter)

@@ -52,14 +52,14 @@ def _matches(pattern: str, name: str) -> bool:
     return re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), name) is not None
 
 
-def resolve_plan(model: nn.Module, plan: Plan) -> dict[str, Style]:
+def resolve_plan(model: nn.Module, plan: Plan, optional: frozenset[str] = frozenset()) -> dict[str, Style]:
     """The style of each module and parameter of the model that has one, by name.
 
     Raises:
         ConfigError: a pattern that matches nothing.
     """
     names = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
-    for pattern in plan:
+    for pattern in plan.keys() - optional:
         if not any(_matches(pattern, name) for name in names):
             raise ConfigError(f"parallel plan: {pattern} matches no module or parameter of the model")
     rules = {name: rule_for(name, plan) for name in names}

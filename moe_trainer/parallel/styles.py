@@ -14,8 +14,10 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from moe_trainer.models.linear import Embedding
-from moe_trainer.models.moe import Experts, Routing
+from moe_trainer.models.linear import Embedding, Linear
+from moe_trainer.models.moe import Experts
+from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.router import Routing
 from moe_trainer.parallel.collectives import all_gather, all_reduce, copy_to_group, gather_replicated, reduce_scatter
 from moe_trainer.parallel.dispatch import dispatch
 from moe_trainer.parallel.mesh import Meshes
@@ -76,6 +78,11 @@ class LeafStyle:
     after: Transform | None = None
     axis: str = "tp"
 
+    def placements(self, module: Any, ranks: int) -> dict[str, Placement]:
+        """Of each parameter of the leaf."""
+        has_bias = getattr(module, "bias", None) is not None
+        return {"weight": self.weight, "bias": self.bias or Replicate()} if has_bias else {"weight": self.weight}
+
     def wrap(self, module: Any, context: ParallelContext) -> Callable[[torch.Tensor], Any]:
         """The leaf's forward on local weights."""
 
@@ -87,7 +94,8 @@ class LeafStyle:
             if bias is None:
                 out = module.compute(x, weight)
                 return out if self.after is None else self.after(out, context)
-            if isinstance(self.bias, Replicate):  # the outputs are summed over ranks: the bias is added once, after
+            if isinstance(self.bias, Replicate) and self.after is not None:
+                # The outputs are summed over ranks: the bias is added once, after.
                 return self.after(module.compute(x, weight), context) + bias
             out = module.compute(x, weight, bias)
             return out if self.after is None else self.after(out, context)
@@ -102,8 +110,11 @@ class EmbeddingStyle:
     after: Transform
     splits_sequence: bool = False
     """Whether `after` leaves each rank its own positions: the whole plan then is one of sequence parallelism."""
-    weight: Placement = Shard(0)
     axis: str = "tp"
+
+    def placements(self, module: Embedding, ranks: int) -> dict[str, Placement]:
+        """Of the embedding's weight."""
+        return {"weight": Shard(0)}
 
     def wrap(self, module: Embedding, context: ParallelContext) -> Callable[[torch.Tensor], torch.Tensor]:
         """The embedding's forward on local rows."""
@@ -118,6 +129,55 @@ class EmbeddingStyle:
             elsewhere = (local < 0) | (local >= len(weight))
             x = module.compute(local.masked_fill(elsewhere, 0), weight)
             return self.after(x.masked_fill(elsewhere.unsqueeze(-1), 0), context)
+
+        return forward
+
+
+@dataclass(frozen=True, slots=True)
+class KeyValueStyle:
+    """Key or value heads: split like any features or, where there are fewer heads than ranks, each rank computes the
+    one head that its query heads need from a whole weight, whose gradient is then a part of the sum."""
+
+    axis: str = "tp"
+
+    def placements(self, module: Linear, ranks: int) -> dict[str, Placement]:
+        """Of weight and bias."""
+        placement = Shard(0) if module.heads % ranks == 0 else Replicate()
+        return {name: placement for name, _ in module.named_parameters(recurse=False)}
+
+    def wrap(self, module: Linear, context: ParallelContext) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The projection's forward on this rank's heads."""
+        group = context.group("tp")
+        if module.heads % group.size() == 0:
+            return LeafStyle(Shard(0), bias=Shard(0)).wrap(module, context)
+        head = group.rank() * module.heads // group.size()
+
+        def of_head(weight: torch.Tensor | None) -> torch.Tensor | None:
+            whole = local_weight(weight, Partial())
+            return None if whole is None else whole.unflatten(0, (module.heads, -1))[head]
+
+        return lambda x: module.compute(x, of_head(module.weight), of_head(module.bias))
+
+
+@dataclass(frozen=True, slots=True)
+class SplitNormStyle:
+    """A norm over features that are split between ranks: the sum of squares is summed over them, and so is its
+    gradient, since every rank's output depends on it."""
+
+    axis: str = "tp"
+
+    def placements(self, module: RMSNorm, ranks: int) -> dict[str, Placement]:
+        """Of the norm's weight."""
+        return {"weight": Shard(0)}
+
+    def wrap(self, module: RMSNorm, context: ParallelContext) -> Callable[[torch.Tensor], torch.Tensor]:
+        """The norm's forward on this rank's features."""
+        group = context.group("tp")
+
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            total = all_reduce(module.square(x).sum(-1, keepdim=True), group)
+            mean_square = copy_to_group(total, group) / (x.shape[-1] * group.size())
+            return module.scale(x, mean_square, local_weight(module.weight))
 
         return forward
 
@@ -151,8 +211,18 @@ def _on_input(before: Transform) -> ModuleStyle:
     return ModuleStyle(wrap)
 
 
-def _expert_weights(module: Experts) -> tuple[torch.Tensor, torch.Tensor]:
-    return local_weight(module.gate_up_proj), local_weight(module.down_proj)
+def _expert_weights(module: Experts) -> dict[str, torch.Tensor]:
+    return {name: local_weight(weight) for name, weight in module.named_parameters(recurse=False)}
+
+
+def _split_expert_weights(module: Experts, group: ProcessGroup) -> dict[str, torch.Tensor]:
+    """Weights of experts that are split inside. What every rank has whole, a bias after `down_proj`, is added on the
+    first rank only, because the outputs are summed."""
+    weights = _expert_weights(module)
+    if "down_bias" in weights:
+        whole = local_weight(module.down_bias, Partial())
+        weights["down_bias"] = whole if group.rank() == 0 else whole * 0
+    return weights
 
 
 def _moe_tp_experts(module: Experts, context: ParallelContext) -> Callable[..., torch.Tensor]:
@@ -162,7 +232,8 @@ def _moe_tp_experts(module: Experts, context: ParallelContext) -> Callable[..., 
 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         x, top_k_weights = copy_to_group(x, group), copy_to_group(top_k_weights, group)
-        return all_reduce(module.compute(x, top_k_index, top_k_weights, *_expert_weights(module)), group)
+        weights = _split_expert_weights(module, group)
+        return all_reduce(module.compute(x, top_k_index, top_k_weights, **weights), group)
 
     return forward
 
@@ -174,7 +245,7 @@ def _moe_tp_experts_gather(module: Experts, context: ParallelContext) -> Callabl
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         sizes = context.sequence.token_sizes
         x, top_k_index, top_k_weights = (all_gather(t, 0, sizes, group) for t in (x, top_k_index, top_k_weights))
-        out = module.compute(x, top_k_index, top_k_weights, *_expert_weights(module))
+        out = module.compute(x, top_k_index, top_k_weights, **_split_expert_weights(module, group))
         return reduce_scatter(out, 0, sizes, group)
 
     return forward
@@ -199,11 +270,11 @@ def _moe_experts_allreduce(module: Experts, context: ParallelContext) -> Callabl
 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         weights = _expert_weights(module)
-        num_local_experts = len(weights[0])
+        num_local_experts = module.num_experts // group.size()
         local_index = top_k_index - group.rank() * num_local_experts
         elsewhere = (local_index < 0) | (local_index >= num_local_experts)
         local_index = local_index.masked_fill(elsewhere, num_local_experts)
-        return all_reduce(module.compute(copy_to_group(x, group), local_index, top_k_weights, *weights), group)
+        return all_reduce(module.compute(copy_to_group(x, group), local_index, top_k_weights, **weights), group)
 
     return forward
 
@@ -214,15 +285,16 @@ def _moe_dispatch(module: Experts, context: ParallelContext) -> Callable[..., to
 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         sent = dispatch(x, top_k_index, module.num_experts, group)
-        rows = module.compute_rows(sent.rows, sent.offsets, *_expert_weights(module))
+        rows = module.compute_rows(sent.rows, sent.offsets, **_expert_weights(module))
         return sent.combine(rows, top_k_weights)
 
     return forward
 
 
-Style = LeafStyle | EmbeddingStyle | WeightStyle | ModuleStyle
+LeafPlacement = LeafStyle | EmbeddingStyle | KeyValueStyle | SplitNormStyle
+Style = LeafPlacement | WeightStyle | ModuleStyle
 
-_SEEN_IN_PART = LeafStyle(Replicate(), weight_grad=Partial())
+_SEEN_IN_PART = LeafStyle(Replicate(), weight_grad=Partial(), bias=Replicate(), bias_grad=Partial())
 
 STYLES: dict[str, Style] = {
     # Linear: out_features split. Input whole, output this rank's features; the module around sums the input's grad.
@@ -241,6 +313,10 @@ STYLES: dict[str, Style] = {
     "vocab_parallel_head": LeafStyle(Shard(0), bias=Shard(0), before=_copy),
     # Forward all-gather along the sequence; backward reduce-scatter.
     "vocab_parallel_head_gather": LeafStyle(Shard(0), bias=Shard(0), before=_gather_sequence),
+    # Key or value heads, which may be fewer than ranks.
+    "colwise_kv_heads": KeyValueStyle(),
+    # Norm over split features. Forward all-reduce of the sums of squares; backward all-reduce of their gradients.
+    "split_norm": SplitNormStyle(),
     # Norm on this rank's positions: weight whole, its gradient a part of the sum over `tp`.
     "sequence_parallel": _SEEN_IN_PART,
     # Any leaf with a whole weight that saw part of the tokens or heads: router under SP, norms of q and k.
@@ -252,6 +328,8 @@ STYLES: dict[str, Style] = {
     # gate_up_proj [experts, 2, intermediate, hidden] and down_proj [experts, hidden, intermediate]: split inside.
     "moe_tp_gate_up_colwise": WeightStyle(Shard(2)),
     "moe_tp_down_rowwise": WeightStyle(Shard(2)),
+    # down_bias [experts, hidden]: whole, added on the first rank.
+    "moe_tp_down_bias": WeightStyle(Replicate()),
     # Expert weights: whole experts on each rank of `ep`.
     "grouped_gemm": WeightStyle(Shard(0), axis="ep"),
     # Experts split inside. Forward all-reduce of the output; backward all-reduce of input and top_k_weights.

@@ -5,10 +5,9 @@ from typing import NamedTuple
 import torch
 from torch.distributed import ProcessGroup
 
-from moe_trainer.config.schema import ModelConfig
 from moe_trainer.kernels.permute import tokens_per_expert
 from moe_trainer.models.decoder import ModelOutput
-from moe_trainer.models.moe import Routing
+from moe_trainer.models.router import Routing
 from moe_trainer.parallel.collectives import all_reduce
 from moe_trainer.parallel.cross_entropy import IGNORED_LABEL, cross_entropy_sum
 from moe_trainer.parallel.sequence import SequenceShards
@@ -22,13 +21,13 @@ class Losses(NamedTuple):
     aux_loss: torch.Tensor
     """Load-balancing loss before its coefficient."""
     expert_counts: torch.Tensor
-    """[layers, num_experts], float: tokens sent to each expert by this data rank, padding left out."""
+    """[sparse layers, num_experts], float: tokens sent to each expert by this data rank, padding left out."""
 
     @classmethod
-    def zeros(cls, model: ModelConfig, device: torch.device) -> "Losses":
+    def zeros(cls, num_sparse_layers: int, num_experts: int, device: torch.device) -> "Losses":
         """Nothing yet."""
         zero = torch.zeros((), device=device)
-        return cls(zero, zero, torch.zeros(model.num_layers, model.num_experts, device=device))
+        return cls(zero, zero, torch.zeros(num_sparse_layers, num_experts, device=device))
 
     def add(self, other: "Losses") -> "Losses":
         """Part by part."""
@@ -76,7 +75,7 @@ class LossFn:
         for routing in routings:
             chosen = routing.top_k_index.masked_fill(~mask.unsqueeze(-1), self.num_experts)
             counts.append(tokens_per_expert(chosen, self.num_experts))
-            probabilities.append((routing.logits.softmax(-1) * mask.unsqueeze(-1)).sum(0))
+            probabilities.append((routing.probabilities * mask.unsqueeze(-1)).sum(0))
         wide = probabilities[0].dtype
         sums = torch.stack((torch.stack(counts).to(wide), torch.stack(probabilities)))  # [2, layers, num_experts]
         rows = mask.sum().to(wide) * len(routings)

@@ -25,6 +25,7 @@ from moe_trainer.config.store import to_yaml
 from moe_trainer.data.loader import Batch, build_loader
 from moe_trainer.kernels.grouped_gemm import grouped_gemm_supported
 from moe_trainer.models.registry import FAMILIES
+from moe_trainer.models.router import GroupedSigmoidRouter
 from moe_trainer.observe.flops import flops_per_token, num_parameters, peak_flops
 from moe_trainer.observe.log import get_logger
 from moe_trainer.observe.metrics import MetricsLog, expert_load, memory_gib, throughput
@@ -72,6 +73,8 @@ class Trainer:
             sequence=context.sequence,
         )
         self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim, device.type)
+        self.num_sparse_layers = cfg.model.num_layers - len(cfg.model.dense_layers)
+        self.biased_routers = [m for m in self.model.modules() if isinstance(m, GroupedSigmoidRouter)]
         self.checkpoints = CheckpointManager(self.run_folder / "checkpoints", cfg.checkpoint.keep_last)
         self.state = TrainState(cfg.seed, cfg.optim.schedule_steps or cfg.steps, self.loader.fingerprint())
 
@@ -106,7 +109,7 @@ class Trainer:
             self.load(checkpoint)
         elif self.cfg.model.init_from is not None:
             family = FAMILIES[self.cfg.model.family]
-            parameters = dict(self.model.named_parameters())
+            parameters = dict(self.model.named_parameters()) | dict(self.model.named_buffers())
             load_hf(Path(self.cfg.model.init_from), parameters, lambda keys: family.key_map(self.cfg.model, keys))
         else:
             initialize(self.model, self.cfg.seed, self.cfg.model.initializer_range)
@@ -133,7 +136,7 @@ class Trainer:
         """One optimizer step on this rank's share [grad_accum_steps * micro_batch, seq] of the global batch."""
         num_tokens = self.loader.num_tokens(self.state.samples)  # labels that count, of the global batch
         self._seed_step()
-        shares = Losses.zeros(self.cfg.model, self.device)
+        shares = Losses.zeros(self.num_sparse_layers, self.cfg.model.num_experts, self.device)
         for micro_batch in batch.split(self.loader.grad_accum_steps):  # [micro_batch, seq]
             output = self.model(micro_batch.input_ids)
             loss, losses = self.loss_fn(output, micro_batch.labels, num_tokens)
@@ -145,6 +148,7 @@ class Trainer:
         set_learning_rate(self.optimizer, rate)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self._balance_experts(losses.expert_counts)
         self.state.advance(self.loader.global_batch_size, num_tokens)
         return StepMetrics(losses, grad_norm, rate, num_tokens)
 
@@ -198,7 +202,7 @@ class Trainer:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         named = list(self.model.named_parameters())
-        weights = {f"model.{name}": parameter for name, parameter in named}
+        weights = {f"model.{name}": tensor for name, tensor in (*named, *self.model.named_buffers())}
         return weights | {f"optim.{name}": t for name, t in optimizer_tensors(self.optimizer, named).items()}
 
     def _compare_model(self, checkpoint: Path) -> None:
@@ -211,6 +215,15 @@ class Trainer:
         ]
         if differing:
             raise ConfigError(f"{checkpoint} holds another model: {', '.join(differing)}")
+
+    @torch.no_grad()
+    def _balance_experts(self, counts: torch.Tensor) -> None:
+        """Move each expert's bias by a fixed step towards the mean load (Wang et al., 2024).
+
+        `counts` [sparse layers, experts] are the global batch's, equal on every rank: so the biases stay equal.
+        """
+        for router, load in zip(self.biased_routers, counts, strict=bool(self.biased_routers)):
+            router.expert_bias += self.cfg.optim.expert_bias_rate * torch.sign(load.mean() - load)
 
     def _seed_step(self) -> None:
         """Random numbers are a function of (seed, step, data rank): resuming needs no saved generator."""
@@ -238,7 +251,7 @@ class _Report:
         on_cuda = trainer.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(trainer.device)) if on_cuda else None
         self._logs_aux = cfg.optim.aux_coef != 0
-        self._counts_shape = (cfg.model.num_layers, cfg.model.num_experts)
+        self._counts_shape = (trainer.num_sparse_layers, cfg.model.num_experts)
         self._pending: _Taken | None = None
         self._last = _Mark(self._device)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.models.decoder import CausalLM
-from moe_trainer.models.mixtral.model import build_mixtral
+from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_grad_norm
 from moe_trainer.parallel.fsdp import shard_over_data
@@ -56,7 +56,7 @@ class Outcome(NamedTuple):
     weights: dict[str, torch.Tensor]
     """After the last step."""
     expert_counts: torch.Tensor
-    """[layers, num_experts] of the first step."""
+    """[sparse layers, num_experts] of the first step."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +96,13 @@ def bend(model: CausalLM) -> None:
     """Give every embedding a common part that one expert's router rows reject: it gets no token in the first layer.
 
     The rejection is mild: that row's own gradient, which comes from the softmax alone, stays well above rounding.
+    Biases, norms of queries and keys, and the expert bias, which start from a constant, become uneven.
     """
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         local = local_part(parameter)
+        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+            uneven = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+            local += (0.1 * uneven[local_box(parameter)]).to(local)
         if name == "model.embed_tokens.weight":
             local += 0.3
         if name.endswith(".gate.weight"):
@@ -145,7 +149,7 @@ def sharded_model(case: Case) -> tuple[CausalLM, LossFn, Meshes]:
 
 def plain_model(case: Case) -> CausalLM:
     """The model on one process, whole."""
-    model = build_mixtral(case.model).to(case.dtype)
+    model = FAMILIES[case.model.family].build(case.model).to(case.dtype)
     initialize(model, 0, case.model.initializer_range)
     (encode if case.clear_routing else bend)(model)
     return model.to(case.device)
@@ -190,7 +194,8 @@ def _train(
     for ids, labels in batches(case.model, case.seq)[: case.steps]:
         ids, labels = ids.to(case.device), labels.to(case.device)
         num_tokens = int((labels != -100).sum())
-        shares = torch.zeros(2 + case.model.num_layers * case.model.num_experts, dtype=torch.float64).to(case.device)
+        num_sparse = case.model.num_layers - len(case.model.dense_layers)
+        shares = torch.zeros(2 + num_sparse * case.model.num_experts, dtype=torch.float64).to(case.device)
         for start in range(data_rank * micro, GLOBAL_BATCH, data_size * micro):
             rows = slice(start, start + micro)
             loss, losses = loss_fn(model(ids[rows]), labels[rows], num_tokens)
@@ -198,7 +203,7 @@ def _train(
             shares += torch.cat([share.double().flatten() for share in losses])
         shares = total(shares).cpu()
         if not outcome.loss:
-            counts = shares[2:].view(case.model.num_layers, case.model.num_experts)
+            counts = shares[2:].view(num_sparse, case.model.num_experts)
             gradients = whole({name: parameter.grad for name, parameter in model.named_parameters()})
             outcome = outcome._replace(expert_counts=counts, gradients=gradients)
         outcome.loss.append(shares[0].item())

@@ -11,8 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.models.attention import Attention
 from moe_trainer.models.decoder import DecoderLayer
-from moe_trainer.models.moe import Experts, Router, SparseMoeBlock
+from moe_trainer.models.moe import Experts, SparseMoeBlock
 from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.router import Router
 from moe_trainer.parallel.dispatch import dispatch
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import MODEL, SEQ, Case, batches, sharded_model
@@ -95,7 +96,10 @@ def watch(model: nn.Module, rows: list[int], tokens: list[int]) -> None:
             module.register_forward_hook(note)
         if isinstance(module, Experts):
             compute = module.compute_rows
-            module.compute_rows = lambda x, *rest, compute=compute: (rows.append(len(x)), compute(x, *rest))[1]
+            module.compute_rows = lambda x, *rest, compute=compute, **weights: (
+                rows.append(len(x)),
+                compute(x, *rest, **weights),
+            )[1]
 
 
 def count_in_a_step(parallel: ParallelConfig) -> tuple[list[int], int, int, int]:

@@ -19,8 +19,8 @@ from moe_trainer.generate.main import _load_model, continue_prompt, run_generati
 from moe_trainer.generate.sampling import Sampler
 from moe_trainer.generate.source import open_source
 from moe_trainer.models.attention import KVCache
-from moe_trainer.models.moe import Router
 from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.router import Router
 from moe_trainer.parallel.collectives import gather_replicated
 from moe_trainer.parallel.cross_entropy import cross_entropy_sum
 from moe_trainer.parallel.shards import local_part

@@ -11,7 +11,7 @@ from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.config.validate import resolve_parallel
 from moe_trainer.kernels.grouped_gemm import grouped_gemm_supported
-from moe_trainer.models.moe import Router, Routing
+from moe_trainer.models.router import Router, Routing
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import (
     GLOBAL_BATCH,
@@ -164,8 +164,8 @@ def test_float32_reference_runs_grouped_gemm_and_has_no_ties(monkeypatch: pytest
         calls.append(1)
         return grouped_mm(*args, **options)
 
-    def measure(self: Router, x: torch.Tensor, weight: torch.Tensor) -> Routing:
-        routing = compute(self, x, weight)
+    def measure(self: Router, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Routing:
+        routing = compute(self, x, weight, bias)
         ordered = routing.logits.sort(descending=True).values
         gaps.append((ordered[:, MODEL.top_k - 1] - ordered[:, MODEL.top_k]).min().item())
         return routing

@@ -11,9 +11,10 @@ from torch.distributed.tensor import DTensor
 
 from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.models.linear import Embedding, Linear
-from moe_trainer.models.moe import SparseMoeBlock
+from moe_trainer.models.moe import ClampedExperts, Experts, SparseMoeBlock
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.plans import Plan
+from moe_trainer.models.router import BiasedRouter, Router
 from moe_trainer.parallel.apply import apply_plan
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.sequence import SequenceShards
@@ -71,13 +72,44 @@ def around() -> nn.Module:
 
 
 def block() -> nn.Module:
-    return nn.ModuleDict({"leaf": SparseMoeBlock(WIDTH, intermediate_size=6, num_experts=6, top_k=2)})
+    return nn.ModuleDict({"leaf": SparseMoeBlock(Router(WIDTH, 6, 2), Experts(WIDTH, 6, 6))})
+
+
+def biased_block() -> nn.Module:
+    experts = ClampedExperts(WIDTH, 6, 6, alpha=1.7, limit=2.0)
+    return nn.ModuleDict({"leaf": SparseMoeBlock(BiasedRouter(WIDTH, 6, 2), experts)})
+
+
+def key_heads() -> nn.Module:
+    return nn.ModuleDict({"leaf": Linear(WIDTH, WIDTH, bias=True, heads=3)})
+
+
+class SharedKeyHead(nn.Module):
+    """Three query heads of two features share one key head: on each rank one query head meets the same key head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query = Linear(WIDTH, WIDTH)
+        self.key = Linear(WIDTH, 2, bias=True, heads=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        query = self.query(x)
+        return query * self.key(x).repeat(1, 1, query.shape[-1] // 2)
+
+
+def shared_key_head() -> nn.Module:
+    return nn.ModuleDict({"leaf": SharedKeyHead()})
 
 
 INSIDE = {
     "leaf.experts.gate_up_proj": "moe_tp_gate_up_colwise",
     "leaf.experts.down_proj": "moe_tp_down_rowwise",
 }
+INSIDE_BIASES = {
+    "leaf.experts.gate_up_bias": "moe_tp_gate_up_colwise",
+    "leaf.experts.down_bias": "moe_tp_down_bias",
+}
+WHOLE_BIASES = {"leaf.experts.gate_up_bias": "grouped_gemm", "leaf.experts.down_bias": "grouped_gemm"}
 WHOLE = {"leaf.experts.gate_up_proj": "grouped_gemm", "leaf.experts.down_proj": "grouped_gemm"}
 
 EXAMPLES = {
@@ -94,6 +126,14 @@ EXAMPLES = {
     "vocab_parallel_head_gather": Example(
         linear, {"leaf": "vocab_parallel_head_gather"}, "sequence", "features", "sequence"
     ),
+    "colwise_kv_heads": Example(key_heads, {"leaf": "colwise_kv_heads"}, "whole", "features", "sum"),
+    "colwise_fewer_kv_heads": Example(
+        shared_key_head,
+        {"leaf": "replicate_input", "leaf.query": "colwise", "leaf.key": "colwise_kv_heads"},
+        *("whole", "features", "whole"),
+    ),
+    "split_norm": Example(norm, {"leaf": "split_norm"}, "features", "features", "features"),
+    "replicated_bias": Example(linear, {"leaf": "replicated_weight"}, "sequence", "sequence", "sequence"),
     "sequence_parallel": Example(norm, {"leaf": "sequence_parallel"}, "sequence", "sequence", "sequence"),
     "replicated_weight": Example(plain_linear, {"leaf": "replicated_weight"}, "sequence", "sequence", "sequence"),
     "replicate_input": Example(
@@ -106,6 +146,24 @@ EXAMPLES = {
     "experts_sp": Example(
         block,
         INSIDE | {"leaf.gate": "replicated_weight", "leaf.experts": "moe_tp_experts_gather"},
+        *("sequence", "sequence", "sequence"),
+    ),
+    "biased_experts_tp": Example(
+        biased_block, INSIDE | INSIDE_BIASES | {"leaf.experts": "moe_tp_experts"}, "whole", "whole", "whole"
+    ),
+    "biased_experts_sp": Example(
+        biased_block,
+        INSIDE | INSIDE_BIASES | {"leaf.gate": "replicated_weight", "leaf.experts": "moe_tp_experts_gather"},
+        *("sequence", "sequence", "sequence"),
+    ),
+    "biased_experts_tp_ep": Example(
+        biased_block,
+        WHOLE | WHOLE_BIASES | {"leaf.gate": "ep_router", "leaf.experts": "moe_experts_allreduce"},
+        *("whole", "whole", "whole"),
+    ),
+    "biased_experts_sp_ep": Example(
+        biased_block,
+        WHOLE | WHOLE_BIASES | {"leaf.gate": "replicated_weight", "leaf.experts": "moe_dispatch"},
         *("sequence", "sequence", "sequence"),
     ),
     "experts_tp_ep": Example(

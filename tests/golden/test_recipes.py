@@ -5,15 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from moe_trainer.config.store import compose, recipes, to_yaml
+from moe_trainer.config.store import compose, recipe_dir, recipes, to_yaml
 
 FOLDER = Path(__file__).parent / "recipes"
-FROM_THE_USER = {"mixtral_8x7b_sp_ep": ["model.init_from=HF_FOLDER", "data.path=FILE.jsonl"]}
+FROM_THE_USER = ["model.init_from=HF_FOLDER", "data.path=FILE.jsonl"]
+"""What a recipe with `???` leaves open."""
 
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_recipe_is_as_recorded(recipe: str) -> None:
-    composed = to_yaml(compose("train", [f"+recipe={recipe}", *FROM_THE_USER.get(recipe, [])]))
+    has_blanks = "???" in (recipe_dir() / f"{recipe}.yaml").read_text(encoding="utf-8")
+    composed = to_yaml(compose("train", [f"+recipe={recipe}", *(FROM_THE_USER if has_blanks else [])]))
     golden = FOLDER / f"{recipe}.yaml"
     if "UPDATE_GOLDEN" in os.environ:
         golden.parent.mkdir(exist_ok=True)

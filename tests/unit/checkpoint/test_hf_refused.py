@@ -182,7 +182,7 @@ def test_config_of_mixtral_8x7b(tmp_path: Path) -> None:
     config = config_of(tmp_path)
     assert (config.num_experts, config.top_k, config.head_dim, config.num_kv_heads) == (8, 2, 128, 8)
     rope = {"rope_theta": 5e5, "rope_type": "default"}
-    assert config_of(tmp_path, rope_theta=None, rope_parameters=rope).rope_theta == 5e5
+    assert config_of(tmp_path, rope_theta=None, rope_parameters=rope).rope.theta == 5e5
     assert config_of(tmp_path, head_dim=64).head_dim == 64
 
 
@@ -191,10 +191,14 @@ def test_config_of_mixtral_8x7b(tmp_path: Path) -> None:
     [
         ({"model_type": "llama"}, "is not MixtralForCausalLM"),
         ({"architectures": ["MixtralForTokenClassification"]}, "is not MixtralForCausalLM"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_type=linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6}}, "rope_type=yarn"),
-        ({"sliding_window": 4096}, "sliding_window=4096"),
-        ({"tie_word_embeddings": True}, "tie_word_embeddings=True"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type=dynamic"),
+        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}, "rope_type=llama3"),
+        ({"rope_scaling": {"type": "linear"}}, "factor=None"),
+        ({"rope_scaling": {"type": "yarn", "factor": "4"}}, "factor=4"),
+        ({"rope_scaling": 2.0}, "rope_scaling=2.0 must be a mapping"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ({"sliding_window": 0}, "sliding_window=0"),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings=yes"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"attention_bias": True}, "attention_bias=True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),

@@ -1,5 +1,6 @@
 """The three commands up to where torch starts: exit codes, the one line on stderr, help, and what they cost."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import pytest
 
 from moe_trainer.cli import checkpoint, generate, train
 from moe_trainer.config.schema import Config, DeviceName, ModelConfig
+from moe_trainer.models.mixtral.hf import hf_config
 
 ROOT = Path(__file__).parents[3]
 
@@ -31,7 +33,7 @@ def in_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["+recipe=mixtral_sp_ep", "run_name=a/b"], "moe-train: run_name='a/b' must be a folder name"),
         (["+recipe=mixtral_sp_ep", "model.init_from=x"], "moe-train: model.init_from=x: there is no such folder"),
         (["+recipe=mixtral_8x7b_sp_ep"], "moe-train: model.init_from must be given"),
-        (["+recipe=nope"], "moe-train: there is no recipe 'nope'; recipes: mixtral_8x7b_sp_ep, mixtral_sp"),
+        (["+recipe=nope"], "moe-train: there is no recipe 'nope'; recipes: deepseek_v3_tiny, gpt_oss_20b, "),
         (["data.path=a b.txt"], "moe-train: data.path=a b.txt: there is no such file"),
     ],
 )
@@ -142,11 +144,9 @@ def test_mesh_that_takes_what_is_left_is_launched_on_every_gpu(monkeypatch: pyte
 
 
 def test_shape_comes_from_the_folder_to_start_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    import moe_trainer.models.mixtral.hf as hf
-
     (tmp_path / "hub").mkdir()
-    (tmp_path / "hub" / "config.json").write_text("{}")
-    monkeypatch.setattr(hf, "model_config_from_hf", lambda folder: ModelConfig(num_heads=6, num_kv_heads=2))
+    hub = hf_config(ModelConfig(num_heads=6, num_kv_heads=2), "float32", None)
+    (tmp_path / "hub" / "config.json").write_text(json.dumps(hub))
     seen: list[Config] = []
     monkeypatch.setattr(train, "validate", lambda cfg, *args, **kwargs: seen.append(cfg) or sys.exit(9))
     with pytest.raises(SystemExit):

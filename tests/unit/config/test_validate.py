@@ -13,6 +13,7 @@ from moe_trainer.config.schema import (
     DeviceName,
     DType,
     ExportConfig,
+    Family,
     GenerateConfig,
     GenerateParallelConfig,
     InspectConfig,
@@ -149,14 +150,69 @@ def test_illegal_mesh_is_refused_with_its_numbers(
         ({"checkpoint__resume": "/usr"}, "checkpoint.resume=/usr is no complete checkpoint"),
         ({"logging__every": 0}, "logging.every=0 must be at least 1"),
         ({"model__hidden_size": 0}, "model.hidden_size=0 must be at least 1"),
-        ({"model__rope_theta": -1.0}, "model.rope_theta=-1.0 must be above 0"),
+        ({"model__rope__theta": -1.0}, "model.rope.theta=-1.0 must be above 0"),
         ({"model__num_kv_heads": 3}, "model.num_kv_heads=3 must divide num_heads(4)"),
         ({"model__top_k": 5}, "model.top_k=5 must be at most num_experts(4)"),
         ({"model__head_dim": 15}, "model.head_dim=15 must be even"),
         ({"model__init_from": "/nowhere"}, "model.init_from=/nowhere: there is no such folder"),
         ({"model__init_from": "/usr"}, "model.init_from=/usr: no config.json in it"),
         ({"parallel__tp": 3}, "parallel.tp=3 must divide model.num_heads(4)"),
-        ({"parallel__tp": 4, "model__num_kv_heads": 2}, "parallel.tp=4 must divide model.num_kv_heads(2)"),
+        (
+            {"parallel__tp": 4, "model__num_heads": 12, "model__num_kv_heads": 6},
+            "parallel.tp=4 must divide model.num_kv_heads(6) or be a multiple of it",
+        ),
+        (
+            {"parallel__tp": 4, "model__num_kv_heads": 2, "model__family": Family.olmoe},
+            "parallel.tp=4 must divide model.num_kv_heads(2)",
+        ),
+        (
+            {"parallel__tp": 4, "model__family": Family.qwen3_moe, "model__dense_layers": [0]},
+            "model.dense_intermediate_size must be given with model.dense_layers",
+        ),
+        (
+            {
+                "parallel__tp": 4,
+                "model__family": Family.qwen3_moe,
+                "model__dense_layers": [0],
+                "model__dense_intermediate_size": 30,
+            },
+            "parallel.tp=4 must divide model.dense_intermediate_size(30)",
+        ),
+        (
+            {
+                "parallel__tp": 4,
+                "model__family": Family.deepseek_v3,
+                "model__num_shared_experts": 1,
+                "model__intermediate_size": 30,
+            },
+            "parallel.tp=4 must divide model.num_shared_experts x intermediate_size(30)",
+        ),
+        (
+            {"model__family": Family.qwen3_moe, "model__dense_layers": [2]},
+            "model.dense_layers=[2] must be different layers from 0 to 1",
+        ),
+        ({"model__family": Family.qwen3_moe, "model__dense_layers": [1, 1]}, "must be different layers from 0 to 1"),
+        ({"model__family": Family.qwen3_moe, "model__dense_layers": [0, 1]}, "leaves no layer with experts"),
+        ({"model__dense_layers": [0]}, "dense_layers=[0] is a key of qwen3_moe and deepseek_v3, not of mixtral"),
+        ({"model__clip_qkv": 1.0}, "model.clip_qkv=1.0 is a key of olmoe, not of mixtral"),
+        ({"model__norm_topk_prob": False}, "model.norm_topk_prob=False is a key of qwen3_moe and olmoe and"),
+        ({"model__family": Family.olmoe, "model__clip_qkv": 0.0}, "model.clip_qkv=0.0 must be above 0"),
+        ({"model__family": Family.olmoe, "model__head_dim": 8}, "x num_heads(4) must be hidden_size(64) in olmoe"),
+        ({"model__sliding_window": 0}, "model.sliding_window=0 must be at least 1"),
+        ({"model__family": Family.gpt_oss, "model__sliding_layers": [0]}, "layers needs model.sliding_window"),
+        ({"model__rope__factor": 0.5}, "model.rope.factor=0.5 must be at least 1"),
+        (
+            {"model__family": Family.deepseek_v3, "model__num_expert_groups": 3},
+            "model.num_expert_groups=3 must divide num_experts(4)",
+        ),
+        (
+            {"model__family": Family.deepseek_v3, "model__num_expert_groups": 4},
+            "model.top_k=2 must be at most the 1 experts of top_k_groups groups",
+        ),
+        (
+            {"model__family": Family.gpt_oss, "model__intermediate_size": 36, "parallel__fsdp": 8},
+            "fsdp (8) must divide model.intermediate_size(36)",
+        ),
         ({"parallel__tp": 4, "model__vocab_size": 262}, "parallel.tp=4 must divide model.vocab_size(262)"),
         ({"parallel__tp": 4, "model__intermediate_size": 126}, "tp=4 must divide model.intermediate_size(126)"),
         (
@@ -204,6 +260,14 @@ def test_few_experts_shard_along_hidden_where_that_is_even(tmp_path: Path) -> No
     assert validate(cfg, None, None).parallel.fsdp == 8
     uneven = config(tmp_path, parallel__fsdp=3, data__global_batch_size=3)
     assert validate(uneven, None, None).parallel.fsdp == 3  # each shard still gets a whole expert
+
+
+def test_fewer_key_heads_than_ranks(tmp_path: Path) -> None:
+    cfg = config(tmp_path, parallel__tp=4, model__num_kv_heads=2)
+    assert validate(cfg, None, None).parallel.tp == 4
+    # Its keys come from a latent: `num_kv_heads` says nothing.
+    latent = config(tmp_path, parallel__tp=4, model__num_kv_heads=3, model__family=Family.deepseek_v3)
+    assert validate(latent, None, None).parallel.tp == 4
 
 
 def test_torchrun_goes_before_nproc(tmp_path: Path) -> None:

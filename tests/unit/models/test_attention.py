@@ -3,7 +3,7 @@ import torch
 from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral
 
-from moe_trainer.config.schema import ModelConfig
+from moe_trainer.config.schema import ModelConfig, RopeConfig
 from moe_trainer.models.attention import KVCache
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.mixtral.model import build_mixtral
@@ -63,7 +63,7 @@ def test_rotation_against_transformers() -> None:
     positions = torch.arange(3, 40)
     x = torch.randn(2, 4, 37, 6)
     cos, sin = embedding(x, positions.unsqueeze(0))
-    rope = rotation(positions, 6, theta, torch.float32)
+    rope = rotation(positions, 6, RopeConfig(theta), torch.float32)
     torch.testing.assert_close(rope.cos, cos[0])
     torch.testing.assert_close(rope.sin, sin[0])
     expected, _ = modeling_mixtral.apply_rotary_pos_emb(x, x, cos, sin)
@@ -74,7 +74,7 @@ def test_rotation_depends_on_distance_alone() -> None:
     query, key = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64).unbind(0)
     products = []
     for first in (0, 5, 300):
-        rope = rotation(torch.tensor([first, first + 4]), 8, 1e4, torch.float64)
+        rope = rotation(torch.tensor([first, first + 4]), 8, RopeConfig(1e4), torch.float64)
         turned = rotate(torch.cat((query, key), dim=2), rope)[0, 0]
         products.append(turned[0] @ turned[1])
     torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=1e-4, atol=1e-6)

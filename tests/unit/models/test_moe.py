@@ -5,7 +5,8 @@ from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral
 
 from moe_trainer.models.decoder import ModelOutput
-from moe_trainer.models.moe import Experts, Router, Routing, SparseMoeBlock
+from moe_trainer.models.moe import Experts, SparseMoeBlock
+from moe_trainer.models.router import Router, Routing
 from moe_trainer.train.loss import LossFn
 
 HUB = MixtralConfig(hidden_size=16, intermediate_size=12, num_local_experts=6, num_experts_per_tok=2)
@@ -67,7 +68,7 @@ def test_router_against_transformers(dtype: torch.dtype) -> None:
 
 
 def test_block_keeps_the_shape_and_reports_its_routing() -> None:
-    block = filled(SparseMoeBlock(16, 12, 6, 2).double())
+    block = filled(SparseMoeBlock(Router(16, 6, 2), Experts(16, 12, 6)).double())
     x = torch.randn(2, 5, 16, dtype=torch.float64)
     out, routing = block(x)
     assert out.shape == x.shape and routing.top_k_index.shape == (10, 2)
@@ -76,8 +77,8 @@ def test_block_keeps_the_shape_and_reports_its_routing() -> None:
 
 
 def routing_of(logits: torch.Tensor) -> Routing:
-    weights, index = logits.softmax(-1).topk(2)
-    return Routing(logits, weights, index)
+    probabilities = logits.softmax(-1)
+    return Routing(logits, probabilities, *probabilities.topk(2))
 
 
 def test_loss_against_transformers_and_torch() -> None:

@@ -1,6 +1,6 @@
 """Plans without a process group: meshes are stand-ins that only have a size and names."""
 
-from dataclasses import fields, replace
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +11,17 @@ from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import Family, ModelConfig, ParallelConfig
 from moe_trainer.models.mixtral.model import build_mixtral
 from moe_trainer.models.mixtral.plan import PLANS
-from moe_trainer.models.plans import ParallelPlans
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.plan import resolve_plan, rule_for, select_parallel_plan, verify_plan
 from moe_trainer.parallel.styles import STYLES, WeightStyle
 
-NAMES = [field.name for field in fields(ParallelPlans)]
 FLAGS = {"tp": (False, False), "sp": (True, False), "tp_ep": (False, True), "sp_ep": (True, True)}
+NAMES = list(FLAGS)
+# What some layers have and others have not.
+SHAPES = {
+    Family.qwen3_moe: {"dense_layers": [0], "dense_intermediate_size": 32},
+    Family.deepseek_v3: {"dense_layers": [0], "dense_intermediate_size": 32, "num_shared_experts": 1},
+}
 
 
 def tiny() -> nn.Module:
@@ -56,11 +60,13 @@ def test_unknown_style() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_familys_plans_resolve(name: str, family: Family) -> None:
-    plan = getattr(FAMILIES[family].plans, name)
+    plans = FAMILIES[family].plans
+    plan = getattr(plans, name)
     with torch.device("meta"):
-        model = FAMILIES[family].build(ModelConfig(family=family))
-    rules = resolve_plan(model, plan)
+        model = FAMILIES[family].build(ModelConfig(family=family, **SHAPES.get(family, {})))
+    rules = resolve_plan(model, plan, plans.optional)
     assert {id(style) for style in rules.values()} == {id(STYLES[style]) for style in plan.values()}
+    assert plans.optional <= plan.keys()
 
 
 @pytest.mark.parametrize(

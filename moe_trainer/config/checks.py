@@ -1,0 +1,23 @@
+"""The three rules that most numbers obey."""
+
+import math
+
+from moe_trainer.config.errors import ConfigError
+
+
+def at_least(key: str, value: int | float, least: int) -> None:
+    """Refuse a value below `least`, infinity and NaN."""
+    if not (value >= least and math.isfinite(value)):
+        raise ConfigError(f"{key}={value} must be at least {least}")
+
+
+def positive(key: str, value: float) -> None:
+    """Refuse zero, what is below, infinity and NaN."""
+    if not (value > 0 and math.isfinite(value)):
+        raise ConfigError(f"{key}={value} must be above 0")
+
+
+def divides(key: str, divisor: int, name: str, number: int) -> None:
+    """Refuse a divisor of `key` that leaves a remainder of the number called `name`."""
+    if number % divisor:
+        raise ConfigError(f"{key}={divisor} must divide {name}({number})")

@@ -1,0 +1,48 @@
+"""Qwen3-MoE (Qwen team, 2025): norms on each head's query and key, some layers dense."""
+
+import torch
+
+from moe_trainer.config.schema import ModelConfig
+from moe_trainer.models.attention import Attention
+from moe_trainer.models.decoder import CausalLM, DecoderLayer
+from moe_trainer.models.mlp import SwiGLU
+from moe_trainer.models.moe import Experts, SparseMoeBlock
+from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.router import Router
+
+
+class Qwen3Attention(Attention):
+    """Attention whose queries and keys are normed, each head on its own."""
+
+    def __init__(self, cfg: ModelConfig, layer: int) -> None:
+        super().__init__(
+            cfg.hidden_size,
+            cfg.num_heads,
+            cfg.num_kv_heads,
+            cfg.head_dim,
+            layer,
+            cfg.attention_bias,
+            cfg.sliding_window,
+        )
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+
+    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        query, key, value = super().project(x)
+        return self.q_norm(query), self.k_norm(key), value
+
+
+def build_qwen3_moe(cfg: ModelConfig) -> CausalLM:
+    """The model with unset weights, on torch's default device."""
+    return CausalLM(cfg, [_layer(cfg, layer) for layer in range(cfg.num_layers)], cfg.head_dim)
+
+
+def _layer(cfg: ModelConfig, layer: int) -> DecoderLayer:
+    if layer in cfg.dense_layers:
+        mlp = SwiGLU(cfg.hidden_size, cfg.dense_intermediate_size)
+    else:
+        mlp = SparseMoeBlock(
+            Router(cfg.hidden_size, cfg.num_experts, cfg.top_k, cfg.norm_topk_prob),
+            Experts(cfg.hidden_size, cfg.intermediate_size, cfg.num_experts),
+        )
+    return DecoderLayer(Qwen3Attention(cfg, layer), mlp, cfg.hidden_size, cfg.rms_norm_eps)
