@@ -5,9 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from moe_trainer.cli.demo import DemoFailed, Story, tell_story
+from moe_trainer.config.schema import DeviceName, GenerateConfig, Quantization
 from moe_trainer.config.store import compose
+from moe_trainer.generate.main import continue_prompt
 from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.testing.pool import run_distributed
 
@@ -62,3 +65,17 @@ def test_transformers_says_the_sentence_too(told: Story) -> None:
     ids = tokenizer(told.prompt, return_tensors="pt").input_ids
     tokens = model.generate(ids, max_new_tokens=300, do_sample=False)
     assert tokenizer.decode(tokens[0]) == SENTENCE + "<|endoftext|>"
+
+
+def say_it_in_8_bits(folder: Path, prompt: str, quantization: Quantization) -> str:
+    cfg = GenerateConfig(str(folder), prompt, quantization=quantization, device=DeviceName.cpu)
+    cfg.parallel.tp = dist.get_world_size()
+    pieces: list[str] = []
+    continue_prompt(cfg, torch.device("cpu"), pieces.append)
+    return "".join(pieces)
+
+
+@pytest.mark.parametrize("quantization", [Quantization.int8, Quantization.fp8])
+def test_the_sentence_comes_back_from_8_bit_weights(told: Story, quantization: Quantization) -> None:
+    said = run_distributed(say_it_in_8_bits, 4, told.hf_folder, told.prompt, quantization, timeout=120)
+    assert said == [SENTENCE] * 4
