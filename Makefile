@@ -3,13 +3,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test checks golden wheel clean
+.PHONY: demo test test-all checks golden wheel clean
 
 demo: $(READY)
 	$(BIN)/python scripts/overfit_demo.py
 
 # make test ARGS="-m 'not slow' tests/unit"
 test: $(READY)
+	$(BIN)/python -m pytest -m "not grid" $(ARGS)
+
+test-all: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
 checks: $(READY)
