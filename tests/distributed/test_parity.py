@@ -137,21 +137,14 @@ def test_the_cases_shard_experts_as_they_say() -> None:
     assert dims == [(3, 1)] * len(HIDDEN_SHARDED) + [(0, 0)] * len(UNEVENLY_SHARDED)
 
 
-# The widest split of each plan: with tp=4, the last rank has no position.
-FLOAT32 = {
-    "tp": [mesh("tp", tp=4), mesh("tp", fsdp=2, tp=2)],
-    "sp": [mesh("sp", tp=4), mesh("sp", fsdp=2, tp=2)],
-    "tp_ep": [mesh("tp_ep", tp=4), mesh("tp_ep", fsdp=2, tp=2)],
-    "sp_ep": [mesh("sp_ep", tp=4), mesh("sp_ep", fsdp=2, tp=2, ep=4)],
-}
-
-
+@pytest.mark.parametrize("world", [2, 4])
 @pytest.mark.parametrize("plan", PLANS)
-def test_float32_with_grouped_gemm(plan: str) -> None:
-    for parallel in FLOAT32[plan]:
+def test_float32_with_grouped_gemm(plan: str, world: int) -> None:
+    meshes = legal_meshes(plan, world)
+    for parallel in meshes:
         intermediate = MODEL.intermediate_size // (1 if PLANS[plan][1] else parallel.tp)
         assert grouped_gemm_supported(torch.float32, MODEL.hidden_size, intermediate)
-    check([case(parallel, torch.float32) for parallel in FLOAT32[plan]], 4)
+    check([case(parallel, torch.float32) for parallel in meshes], world)
 
 
 def test_float32_reference_runs_grouped_gemm_and_has_no_ties(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,7 +165,7 @@ def test_float32_reference_runs_grouped_gemm_and_has_no_ties(monkeypatch: pytest
 
     monkeypatch.setattr(F, "grouped_mm", count)
     monkeypatch.setattr(Router, "compute", measure)
-    for micro_batch_size in (2, 4):
+    for micro_batch_size in (1, 2, 4):
         calls.clear()
         train_plain(Case(mesh("tp"), torch.float32, micro_batch_size=micro_batch_size))
         # Each layer of each micro-batch: two products forward, four backward.
