@@ -227,7 +227,7 @@ class Trainer:
 
     def _seed_step(self) -> None:
         """Random numbers are a function of (seed, step, data rank): resuming needs no saved generator."""
-        key = f"{self.state.seed}:{self.state.step}:{self.meshes.data_rank}"
+        key = f"{self.state.seed}:{self.state.step}:{self.loader.data_rank}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
 
     def _sum_over_data(self, shares: Losses) -> Losses:
