@@ -43,6 +43,13 @@ class DeviceName(Enum):
     cuda = "cuda"
 
 
+class AuxScope(Enum):
+    """Over which tokens the load-balancing loss asks for an even load."""
+
+    micro_batch = "micro_batch"
+    sequence = "sequence"
+
+
 class ScheduleName(Enum):
     """Shape of the learning rate after the warm-up."""
 
@@ -211,6 +218,10 @@ class OptimConfig:
     """Step of the loss-free expert bias of deepseek_v3 after each optimizer step; 0 leaves it as it is."""
     aux_coef: float = 0.0
     """Weight of the router's load-balancing loss."""
+    aux_scope: AuxScope = AuxScope.micro_batch
+    """Tokens that are to be balanced: those of a micro-batch together, or of each sequence alone."""
+    z_coef: float = 0.0
+    """Weight of the router's z-loss, which keeps its logits small."""
     schedule: ScheduleName = ScheduleName.cosine
     """Learning rate after the warm-up."""
     warmup_steps: int = 0

@@ -194,7 +194,7 @@ def _check_optim(optim: OptimConfig, steps: int) -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             raise ConfigError(f"optim.{name}={getattr(optim, name)} must be at least 0 and below 1")
-    for name in ("weight_decay", "aux_coef", "warmup_steps"):
+    for name in ("weight_decay", "aux_coef", "z_coef", "warmup_steps"):
         at_least(f"optim.{name}", getattr(optim, name), 0)
     if not 0 <= optim.min_lr_ratio <= 1:
         raise ConfigError(f"optim.min_lr_ratio={optim.min_lr_ratio} must be between 0 and 1")

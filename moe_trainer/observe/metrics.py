@@ -1,7 +1,7 @@
 """What a step is worth knowing by, and the log that sends it to every sink.
 
-Keys: `step loss aux_loss grad_norm lr tokens tokens_per_second tokens_per_second_per_gpu tflops_per_gpu mfu
-memory_gib expert_load_max_over_mean dead_experts expert_load_entropy`.
+Keys: `step loss aux_loss z_loss grad_norm lr tokens tokens_per_second tokens_per_second_per_gpu
+tflops_per_gpu mfu memory_gib expert_load_max_over_mean dead_experts expert_load_entropy`.
 """
 
 import math

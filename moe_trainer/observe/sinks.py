@@ -20,6 +20,7 @@ _COLUMNS = (
     ("loss", "loss {:8.4f}"),
     ("val_loss", "val_loss {:8.4f}"),
     ("aux_loss", "aux {:7.4f}"),
+    ("z_loss", "z {:7.4f}"),
     ("grad_norm", "grad_norm {:8.3f}"),
     ("lr", "lr {:.2e}"),
     ("tokens_per_second", "tok/s {:9,.0f}"),

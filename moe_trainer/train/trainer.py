@@ -71,6 +71,8 @@ class Trainer:
             cfg.optim.aux_coef,
             vocab_group=self.meshes.tp.get_group() if self.meshes.tp is not None else None,
             sequence=context.sequence,
+            z_coef=cfg.optim.z_coef,
+            aux_scope=cfg.optim.aux_scope,
         )
         self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim, device.type)
         self.num_sparse_layers = cfg.model.num_layers - len(cfg.model.dense_layers)
@@ -232,10 +234,9 @@ class Trainer:
 
     def _sum_over_data(self, shares: Losses) -> Losses:
         """One all-reduce over all ranks; those of a tensor-parallel group hold the same share."""
-        flat = torch.cat([tensor.double().flatten() for tensor in shares])
+        flat = shares.flatten()
         dist.all_reduce(flat)
-        flat /= self.cfg.parallel.tp
-        return Losses(flat[0], flat[1], flat[2:].view_as(shares.expert_counts))
+        return shares.unflatten(flat / self.cfg.parallel.tp)
 
 
 class _Report:
@@ -250,15 +251,14 @@ class _Report:
         self._flops = flops_per_token(cfg.model, trainer.loader.seq_len)
         on_cuda = trainer.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(trainer.device)) if on_cuda else None
-        self._logs_aux = cfg.optim.aux_coef != 0
-        self._counts_shape = (trainer.num_sparse_layers, cfg.model.num_experts)
+        self._coefs = {"aux_loss": cfg.optim.aux_coef, "z_loss": cfg.optim.z_coef}
         self._pending: _Taken | None = None
         self._last = _Mark(self._device)
 
     def take(self, step: int, tokens: int, metrics: StepMetrics) -> None:
         """Start copying this step's metrics, and write the step before."""
-        parts = (*metrics.losses, metrics.grad_norm)
-        values = torch.cat([part.double().flatten() for part in parts]).to("cpu", non_blocking=True)
+        values = torch.cat((metrics.losses.flatten(), metrics.grad_norm.double().view(1)))
+        values = values.to("cpu", non_blocking=True)
         taken = _Taken(step, tokens, metrics, values, self._last, _Mark(self._device))
         self._last = taken.end
         self.flush()
@@ -272,14 +272,13 @@ class _Report:
             return
         taken, self._pending = self._pending, None
         seconds = taken.end.seconds_since(taken.start)  # waits for the copy too, which was queued before the mark
-        loss, aux_loss, *_, grad_norm = taken.values.tolist()
-        line = {"loss": loss}
-        if self._logs_aux:
-            line["aux_loss"] = aux_loss
-        line |= {"grad_norm": grad_norm, "lr": taken.metrics.lr, "tokens": taken.tokens}
+        losses = taken.metrics.losses.unflatten(taken.values[:-1])
+        line = {"loss": losses.loss.item()}
+        line |= {name: getattr(losses, name).item() for name, coef in self._coefs.items() if coef}
+        line |= {"grad_norm": taken.values[-1].item(), "lr": taken.metrics.lr, "tokens": taken.tokens}
         line |= throughput(taken.metrics.num_tokens, seconds, dist.get_world_size(), self._flops, self._peak)
         line["memory_gib"] = memory_gib(self._device)
-        line |= expert_load(taken.values[2:-1].view(self._counts_shape))
+        line |= expert_load(losses.expert_counts)
         self._log.log(taken.step, line)
 
     def skip_time(self) -> None:

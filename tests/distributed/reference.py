@@ -19,7 +19,7 @@ from moe_trainer.parallel.mesh import Meshes, build_meshes
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_box, local_part
 from moe_trainer.testing.compare import assert_close_by_part, full_tensors
-from moe_trainer.train.loss import LossFn
+from moe_trainer.train.loss import Losses, LossFn
 
 MODEL = ModelConfig(
     vocab_size=48,
@@ -195,19 +195,18 @@ def _train(
         ids, labels = ids.to(case.device), labels.to(case.device)
         num_tokens = int((labels != -100).sum())
         num_sparse = case.model.num_layers - len(case.model.dense_layers)
-        shares = torch.zeros(2 + num_sparse * case.model.num_experts, dtype=torch.float64).to(case.device)
+        shares = Losses.zeros(num_sparse, case.model.num_experts, torch.device(case.device))
         for start in range(data_rank * micro, GLOBAL_BATCH, data_size * micro):
             rows = slice(start, start + micro)
             loss, losses = loss_fn(model(ids[rows]), labels[rows], num_tokens)
             loss.backward()
-            shares += torch.cat([share.double().flatten() for share in losses])
-        shares = total(shares).cpu()
+            shares = shares.add(losses)
+        shares = shares.unflatten(total(shares.flatten()).cpu())
         if not outcome.loss:
-            counts = shares[2:].view(num_sparse, case.model.num_experts)
             gradients = whole({name: parameter.grad for name, parameter in model.named_parameters()})
-            outcome = outcome._replace(expert_counts=counts, gradients=gradients)
-        outcome.loss.append(shares[0].item())
-        outcome.aux_loss.append(shares[1].item())
+            outcome = outcome._replace(expert_counts=shares.expert_counts, gradients=gradients)
+        outcome.loss.append(shares.loss.item())
+        outcome.aux_loss.append(shares.aux_loss.item())
         outcome.grad_norm.append(clip(model.parameters(), MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral
 
+from moe_trainer.config.schema import AuxScope
 from moe_trainer.models.decoder import ModelOutput
 from moe_trainer.models.moe import Experts, SparseMoeBlock
 from moe_trainer.models.router import Router, Routing
@@ -108,3 +109,34 @@ def test_loss_of_a_micro_batch_without_labels_is_zero(num_tokens: int) -> None:
     total.backward()
     assert total == 0 and losses.aux_loss == 0 and not losses.expert_counts.any()
     assert not logits.grad.any() and not gate.grad.any()
+
+
+def test_z_loss_and_sequence_balance_against_their_formulas() -> None:
+    """Token after token and sequence after sequence, with gradients; padding counts in neither."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(11, (3, 4), generator=generator)
+    labels[0, 2:] = -100
+    labels[2] = -100
+    valid = labels != -100
+    logits = torch.randn(3, 4, 11, generator=generator, dtype=torch.float64)
+    gates = torch.randn(2, 12, 6, generator=generator, dtype=torch.float64)
+    gates.requires_grad_()
+    loss_fn = LossFn(6, 0.5, z_coef=0.25, aux_scope=AuxScope.sequence)
+    total, losses = loss_fn(ModelOutput(logits, tuple(map(routing_of, gates))), labels, int(valid.sum()))
+    (gradient,) = torch.autograd.grad(total, gates)
+
+    z_loss, aux_loss = 0.0, 0.0
+    for layer in gates:
+        for sequence, kept in zip(layer.view(3, 4, 6), valid, strict=True):
+            rows = sequence[kept]
+            if len(rows) == 0:
+                continue
+            z_loss += sum(row.exp().sum().log() ** 2 for row in rows) / valid.sum() / 2
+            chosen = F.one_hot(rows.topk(2).indices, 6).sum(1).double()  # [tokens, experts]
+            products = 6 / 2 * chosen.mean(0) * rows.softmax(-1).mean(0)
+            aux_loss += products.sum() * len(rows) / valid.sum() / 2
+    torch.testing.assert_close(losses.z_loss, z_loss.detach())
+    torch.testing.assert_close(losses.aux_loss, aux_loss.detach())
+    (expected,) = torch.autograd.grad(0.25 * z_loss + 0.5 * aux_loss, gates)
+    torch.testing.assert_close(gradient, expected)
+    assert gradient[:, valid.flatten()].any() and not gradient[:, ~valid.flatten()].any()
