@@ -18,11 +18,12 @@ _DTYPES = {Quantization.int8: torch.int8, Quantization.fp8: torch.float8_e4m3fn}
 
 @torch.no_grad()
 def quantize_model(model: CausalLM, quantization: Quantization) -> None:
-    """Replace the weights of every linear and expert module by 8-bit ones, in place, one after the other.
+    """Replace the weights of the layers' linear and expert modules by 8-bit ones, in place, one after the other.
 
     Each rank rounds its own shard. A row that is split between ranks (`rowwise`) has a scale on each rank, so results
-    differ from one process's by less than the rounding itself. Embedding, norms and routers stay as they are, and so
-    does a projection that is whole on every rank of a split model and used in part.
+    differ from one process's by less than the rounding itself. Embedding, head, norms and routers stay as they are:
+    there small differences decide about tokens and experts. So does a projection that is whole on every rank of a
+    split model and used in part.
     """
     if quantization is Quantization.none:
         return
@@ -30,7 +31,7 @@ def quantize_model(model: CausalLM, quantization: Quantization) -> None:
     for module in model.modules():
         if isinstance(module, Experts):
             _quantize_experts(module, dtype)
-        elif isinstance(module, Linear) and not _is_whole_on_each_rank(module.weight):
+        elif isinstance(module, Linear) and module is not model.lm_head and not _is_whole_on_each_rank(module.weight):
             weight = quantize(local_part(module.weight), dtype)
             module.weight = nn.Parameter(weight.values, requires_grad=False)
             module.compute = _linear(weight)

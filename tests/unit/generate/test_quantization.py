@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from moe_trainer.config.schema import ModelConfig, Quantization
+from moe_trainer.config.schema import Family, Quantization
+from moe_trainer.config.store import compose
 from moe_trainer.generate.quantization import quantize_model
 from moe_trainer.kernels.quantize import quantize, quantized_grouped_linear, quantized_linear
 from moe_trainer.models.decoder import CausalLM
-from moe_trainer.models.mixtral.model import build_mixtral
+from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.testing.compare import relative_error
 from moe_trainer.train.loss import LossFn
 
-MODEL = ModelConfig(hidden_size=64, intermediate_size=128, num_layers=2, head_dim=16, initializer_range=0.08)
 FARTHEST = {Quantization.fp8: 0.05, Quantization.int8: 0.02}
 DTYPES = {Quantization.fp8: torch.float8_e4m3fn, Quantization.int8: torch.int8}
 SEQ, BATCH, STEPS = 64, 16, 150
@@ -29,13 +29,17 @@ def text() -> torch.Tensor:
     return torch.frombuffer(bytearray(Path(argparse.__file__).read_bytes()), dtype=torch.uint8).long()
 
 
-@pytest.fixture(scope="module")
-def trained(text: torch.Tensor) -> CausalLM:
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(f, marks=() if f is Family.mixtral else pytest.mark.grid, id=f.value) for f in Family],
+)
+def trained(request: pytest.FixtureRequest, text: torch.Tensor) -> CausalLM:
     """Not random weights: their routers decide by chance, which rounding flips, as no trained router does."""
-    model = build_mixtral(MODEL)
-    initialize(model, 0, MODEL.initializer_range)
+    cfg = compose("train", [f"+recipe={request.param.value}_tiny"]).model
+    model = FAMILIES[cfg.family].build(cfg)
+    initialize(model, 0, cfg.initializer_range)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    loss_fn = LossFn(MODEL.num_experts, 0.01)
+    loss_fn = LossFn(cfg.num_experts, 0.01)
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         starts = torch.randint(len(text) - SEQ - 1, (BATCH,), generator=generator).tolist()
