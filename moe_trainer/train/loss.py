@@ -124,7 +124,7 @@ class LossFn:
     def _balance(
         self, counts: torch.Tensor, probabilities: torch.Tensor, lengths: torch.Tensor, top_k: int
     ) -> torch.Tensor:
-        """`num_experts * sum_e f_e P_e` times the tokens: f_e the share of them that chose e, P_e its mean probability.
+        """`num_experts * sum_e f_e P_e` times the tokens: f_e the share that chose e, P_e its mean probability.
 
         `micro_batch`: both over the layers and tokens of the micro-batch (Switch Transformer, Fedus et al., 2021).
         `sequence`: of each sequence and layer alone, f_e over `top_k` (DeepSeek-V3, 2024, eq. 17-20), the mean of the
