@@ -1,18 +1,13 @@
-"""Hugging Face safetensors folders, in and out, a tensor at a time.
+"""Hugging Face safetensors folders, in: each rank reads only the slices that it keeps, a tensor at a time.
 
-In: each rank reads only the slices that it keeps. Out: a header, then the bytes of one tensor after the other.
 Names and layouts are the family's business (`models/keymap.py`).
 """
 
 import json
-import os
-import shutil
-import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -34,7 +29,8 @@ from moe_trainer.models.keymap import (
 from moe_trainer.parallel.shards import Box, local_box, local_part
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
+_TWIN_ROWS = 1024
+"""Compared at a time."""
 
 
 def load_hf(
@@ -49,18 +45,23 @@ def load_hf(
 
     Raises:
         ConfigError: a file that is missing, damaged or outside the folder; or every tensor that is missing,
-            unexpected, of the wrong shape or of an unreadable dtype, and every parameter not covered. No parameter
-            has been changed then.
+            unexpected, of the wrong shape or of an unreadable dtype, and every parameter not covered; or a tied
+            tensor that was stored twice with different values. No parameter has been changed then.
     """
-    with agreed("reading Hugging Face weights"), ExitStack() as stack:
-        files = _Files(folder, stack)
-        pieces = key_map(files.keys())
-        _check(folder, files, pieces, parameters)
-        for name, parameter in parameters.items():
-            box, local = local_box(parameter), local_part(parameter)
-            assert list(local.shape) == [part.stop - part.start for part in box], name
-            for piece in pieces[name]:
-                _fill(local, box, piece, parameter.shape, files)
+    with ExitStack() as stack:
+        with agreed("reading Hugging Face weights"):
+            files = _Files(folder, stack)
+            pieces = key_map(files.keys())
+            _check(folder, files, pieces, parameters)
+            for name, parameter in parameters.items():
+                for piece in pieces[name]:
+                    _check_twin(folder, files, piece, local_box(parameter))
+        with agreed("reading Hugging Face weights"):
+            for name, parameter in parameters.items():
+                box, local = local_box(parameter), local_part(parameter)
+                assert list(local.shape) == [part.stop - part.start for part in box], name
+                for piece in pieces[name]:
+                    _fill(local, box, piece, parameter.shape, files)
 
 
 def _fill(local: torch.Tensor, box: Box, piece: Piece, shape: Sequence[int], files: "_Files") -> None:
@@ -109,9 +110,14 @@ def _check(folder: Path, files: "_Files", pieces: KeyMap, parameters: Mapping[st
         for key, shape in file_shapes(known, shapes).items()
         for stored, form in stored_as(key, encodings[key], shape).items()
     }
-    found, unread = files.keys(), {piece.key for piece in pieces.get(UNREAD, ())}
+    expected |= {piece.twin: expected[piece.key] for parts in known.values() for piece in parts if piece.twin}
+    found, unread = files.keys(), {piece.key: piece for piece in pieces.get(UNREAD, ())}
     problems += [f"missing: {key}" for key in expected if key not in found]
     problems += [f"unexpected: {key}" for key in found if key not in expected and key not in unread]
+    for key in sorted(unread.keys() & found):
+        shape, expected_shape = files.describe(key)[0], tuple(part.stop for part in unread[key].source)
+        if unread[key].source and shape != expected_shape:
+            problems.append(f"{key}: shape {list(shape)} in the file, {list(expected_shape)} here")
     for key in sorted(expected.keys() & found):
         shape, dtype = files.describe(key)
         expected_shape, dtypes = expected[key]
@@ -126,6 +132,19 @@ def _check(folder: Path, files: "_Files", pieces: KeyMap, parameters: Mapping[st
     for name, parts in known.items():
         covered = sum(volume(target_box(piece, shapes[name])[0]) for piece in parts)
         assert covered == parameters[name].numel(), f"the key map covers {covered} elements of {name}"
+
+
+def _check_twin(folder: Path, files: "_Files", piece: Piece, box: Box) -> None:
+    """Refuse another value in the twin of what this rank keeps; all ranks together see all of it."""
+    if not piece.twin or not volume(box):
+        return
+    for start in range(box[0].start, box[0].stop, _TWIN_ROWS):
+        rows = (slice(start, min(start + _TWIN_ROWS, box[0].stop)), *box[1:])
+        if not (files.read(piece.key, rows) == files.read(piece.twin, rows)).all():
+            raise ConfigError(
+                f"{folder}: {piece.twin} is not equal to {piece.key}, though config.json ties them; "
+                "set tie_word_embeddings to false there, or remove it"
+            )
 
 
 class _Files:
@@ -198,100 +217,3 @@ def _weight_map(folder: Path) -> dict[str, str]:
         if file.is_absolute() or ".." in file.parts:
             raise ConfigError(f"{path} names a file outside its folder: {file}")
     return weight_map
-
-
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
-    """A tensor that is made when its turn to be written comes."""
-
-    key: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    load: Callable[[], torch.Tensor]
-
-    @property
-    def num_bytes(self) -> int:
-        return volume([slice(0, size) for size in self.shape]) * self.dtype.itemsize
-
-
-def write_hf(out: Path, tensors: Iterable[LazyTensor], documents: Mapping[str, str], max_shard_bytes: int) -> None:
-    """Write a Hugging Face folder: all of it or nothing. For one process; holds one tensor at a time.
-
-    Args:
-        out: must not exist; written as `out.tmp` first.
-        tensors: written in this order, so that neighbours may share work.
-        documents: file name -> text.
-        max_shard_bytes: most bytes of tensors in a file, save for a single larger tensor.
-
-    Raises:
-        ConfigError: `out` or `out.tmp` exists, or the disk refused.
-    """
-    temporary = out.with_name(out.name + ".tmp")
-    for path in (out, temporary):
-        if path.exists() or path.is_symlink():
-            raise ConfigError(f"{path} exists already; remove it or choose another out")
-    shards = _split(list(tensors), max_shard_bytes)
-    try:
-        temporary.mkdir(parents=True)
-        names = (
-            [SINGLE]
-            if len(shards) == 1
-            else [f"model-{number:05d}-of-{len(shards):05d}.safetensors" for number in range(1, len(shards) + 1)]
-        )
-        for name, shard in zip(names, shards, strict=True):
-            _write_file(temporary / name, shard)
-        if len(shards) > 1:
-            documents = {**documents, INDEX: _index(names, shards)}
-        for name, text in documents.items():
-            (temporary / name).write_text(text, encoding="utf-8")
-        temporary.rename(out)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _split(tensors: list[LazyTensor], max_shard_bytes: int) -> list[list[LazyTensor]]:
-    shards: list[list[LazyTensor]] = [[]]
-    size = 0
-    for tensor in tensors:
-        if shards[-1] and size + tensor.num_bytes > max_shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(tensor)
-        size += tensor.num_bytes
-    return shards
-
-
-def _index(names: list[str], shards: list[list[LazyTensor]]) -> str:
-    weight_map = {tensor.key: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
-    total = sum(tensor.num_bytes for shard in shards for tensor in shard)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    return json.dumps(index, indent=2) + "\n"
-
-
-def _write_file(path: Path, tensors: list[LazyTensor]) -> None:
-    """Format: 8 bytes length of the header, the header in JSON, then the tensors' bytes, little-endian."""
-    assert sys.byteorder == "little"
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for tensor in tensors:
-        span = [offset, offset + tensor.num_bytes]
-        header[tensor.key] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
-        offset = span[1]
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start aligned
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        for tensor in tensors:
-            _write_tensor(file, tensor)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_tensor(file: BinaryIO, tensor: LazyTensor) -> None:
-    value = tensor.load().detach()
-    assert tuple(value.shape) == tensor.shape and value.dtype == tensor.dtype, tensor.key
-    raw = value.cpu().contiguous().reshape(-1).view(torch.uint8)
-    file.write(memoryview(raw.numpy()))

@@ -40,7 +40,7 @@ def _export(overrides: list[str]) -> None:
     from moe_trainer.checkpoint.manager import resolve_checkpoint
 
     checkpoint = resolve_checkpoint(Path(cfg.checkpoint))
-    export_checkpoint(checkpoint, Path(cfg.out), parse_size(cfg.max_shard_size), cfg.dtype)
+    export_checkpoint(checkpoint, Path(cfg.out), parse_size(cfg.max_shard_size), cfg.dtype, cfg.workers)
     print(f"wrote {cfg.out}")
 
 

@@ -325,17 +325,24 @@ class GenerateConfig:
     checkpoint: str | None = None
     """A checkpoint of ours, a run folder (its newest checkpoint) or a Hugging Face folder. Required."""
     prompt: str | None = None
-    """Text to continue. Required."""
+    """Text to continue. This or `prompts` is required."""
     max_new_tokens: int = 256
-    """Tokens to add at most."""
-    temperature: float = 0.0
-    """0 is greedy; otherwise the logits are divided by it before sampling."""
+    """Tokens to add at most, to each prompt."""
+    prompts: str | None = None
+    """A file of prompts, one a line; in a .jsonl file each line is an object with the text under `prompt`."""
+    batch_size: int = 8
+    """Prompts of a file that are continued together."""
+    output: str | None = None
+    """A new .jsonl file for the results, an object with prompt and continuation a line. Unset: they are printed."""
+    temperature: float | None = None
+    """0 is greedy; otherwise the logits are divided by it before sampling. Unset: as generation_config.json of a
+    Hugging Face folder says, else greedy."""
     top_k: int | None = None
-    """Sample among this many likeliest tokens."""
-    top_p: float = 1.0
-    """Sample among the likeliest tokens that together have this probability."""
+    """Sample among this many likeliest tokens. Unset: as that file says, else among all."""
+    top_p: float | None = None
+    """Sample among the likeliest tokens that together have this probability. Unset: as that file says, else 1."""
     seed: int = 0
-    """Seed of the sampling."""
+    """Seed of the sampling; the prompts of a file take this one, the next, and so on."""
     quantization: Quantization = Quantization.none
     """Linear and expert weights in 8 bits: `int8` (weights alone) or `fp8` (activations too)."""
     device: DeviceName = DeviceName.auto
@@ -344,6 +351,8 @@ class GenerateConfig:
     """Type of the computation."""
     parallel: GenerateParallelConfig = field(default_factory=GenerateParallelConfig)
     """Ranks."""
+    cuda_graph: bool = True
+    """On a GPU, record the step over one token once and replay it, which spares most of the launches' time."""
 
 
 @dataclass(slots=True)
@@ -356,6 +365,8 @@ class ExportConfig:
     """Folder to write, which must not exist yet. Required."""
     max_shard_size: str = "5GB"
     """Largest safetensors file (decimal units: KB, MB, GB); one file if all fits."""
+    workers: int | None = None
+    """Files written at the same time, each a tensor at a time; unset: as many as processors, at most 4."""
     dtype: DType = DType.float32
     """Type of the written weights; float32 keeps the master weights bit for bit."""
 

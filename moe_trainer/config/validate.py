@@ -109,13 +109,17 @@ def resolve_device(device: DeviceName, num_ranks: int, num_gpus: int) -> DeviceN
 def validate_generate(cfg: GenerateConfig, world_size: int | None, num_gpus: int | None) -> GenerateConfig:
     """The generation that `cfg` describes, with a concrete device once `num_gpus` is known; see `validate`."""
     _check_checkpoint(cfg.checkpoint)
-    if not cfg.prompt:
-        raise ConfigError('prompt="TEXT" must be given: the text to continue')
-    at_least("max_new_tokens", cfg.max_new_tokens, 1)
-    at_least("temperature", cfg.temperature, 0)
-    if cfg.top_k is not None:
-        at_least("top_k", cfg.top_k, 1)
-    if not 0 < cfg.top_p <= 1:
+    _check_prompts(cfg)
+    for key, value, least in (
+        ("max_new_tokens", cfg.max_new_tokens, 1),
+        ("batch_size", cfg.batch_size, 1),
+        ("temperature", cfg.temperature, 0),
+        ("top_k", cfg.top_k, 1),
+        ("seed", cfg.seed, 0),
+    ):
+        if value is not None:
+            at_least(key, value, least)
+    if cfg.top_p is not None and not 0 < cfg.top_p <= 1:
         raise ConfigError(f"top_p={cfg.top_p} must be above 0 and at most 1")
     at_least("parallel.tp", cfg.parallel.tp, 1)
     if world_size is not None and world_size != cfg.parallel.tp:
@@ -125,14 +129,33 @@ def validate_generate(cfg: GenerateConfig, world_size: int | None, num_gpus: int
     return replace(cfg, device=resolve_device(cfg.device, cfg.parallel.tp, num_gpus))
 
 
+def _check_prompts(cfg: GenerateConfig) -> None:
+    if not cfg.prompt and cfg.prompts is None:
+        raise ConfigError('prompt="TEXT" must be given: the text to continue; or prompts=FILE with one on each line')
+    if cfg.prompt is not None and cfg.prompts is not None:
+        raise ConfigError("prompt and prompts are both given; exactly one of them says what to continue")
+    if cfg.prompts is not None:
+        _check_file("prompts", cfg.prompts)
+    if cfg.output is not None:
+        out = Path(cfg.output)
+        if out.suffix != ".jsonl":
+            raise ConfigError(f"output={cfg.output} must be a .jsonl file")
+        if out.exists():
+            raise ConfigError(f"output={cfg.output} exists already; name a file that does not")
+        if not out.parent.is_dir():
+            raise ConfigError(f"output={cfg.output}: there is no folder {out.parent}")
+
+
 def validate_export(cfg: ExportConfig) -> None:
-    """Checks the folders, the shard size and the type."""
+    """Checks the folders, the shard size and the number of workers."""
     _check_checkpoint(cfg.checkpoint)
     if not cfg.out:
         raise ConfigError("out=DIR must be given: the folder to write")
     if Path(cfg.out).exists():
         raise ConfigError(f"out={cfg.out} exists already; name a folder that does not")
     parse_size(cfg.max_shard_size)
+    if cfg.workers is not None:
+        at_least("workers", cfg.workers, 1)
 
 
 def validate_inspect(cfg: InspectConfig) -> None:

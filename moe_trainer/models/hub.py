@@ -203,10 +203,12 @@ def same(names: Iterable[str]) -> Pieces:
     return {name: [Piece(name)] for name in names}
 
 
-def outer_pieces(model: ModelConfig) -> Pieces:
-    """Embedding, final norm and head; a tied head is no tensor of its own."""
-    head = () if model.tie_word_embeddings else ("lm_head.weight",)
-    return same(("model.embed_tokens.weight", "model.norm.weight", *head))
+def outer_pieces(model: ModelConfig, keys: Collection[str] = ()) -> Pieces:
+    """Embedding, final norm and head; a tied head is no tensor of its own, but a folder may repeat it."""
+    embedding, norm, head = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+    if not model.tie_word_embeddings:
+        return same((embedding, norm, head))
+    return {embedding: [Piece(embedding, twin=head if head in keys else "")], norm: [Piece(norm)]}
 
 
 def layer_pieces(prefix: str, model: ModelConfig, norms: Collection[str] = ()) -> Pieces:

@@ -40,13 +40,16 @@ class Piece:
     encoding: Encoding = Encoding.plain
     keeps_dtype: bool = False
     """Written on export in the checkpoint's own type, whatever the others' is."""
+    twin: str = ""
+    """Another tensor of the file, which must be equal: a tied head that was stored all the same."""
 
 
 KeyMap = Mapping[str, Sequence[Piece]]
 """Parameter or buffer name -> the pieces that cover it, without overlap."""
 
 UNREAD = ""
-"""The name in a key map under which a family lists tensors of the file that the model has no use for."""
+"""The name in a key map under which a family lists tensors of the file that the model has no use for. Those with a
+`source` are written on export, as zeros of that shape, because other programs expect them."""
 
 
 def target_box(piece: Piece, shape: Sequence[int]) -> tuple[tuple[slice, ...], tuple[int, ...]]:

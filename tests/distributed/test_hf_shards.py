@@ -2,9 +2,12 @@
 
 import json
 import weakref
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -20,6 +23,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from moe_trainer.checkpoint import hf
 from moe_trainer.checkpoint.documents import model_config_to_json
 from moe_trainer.checkpoint.export import export_checkpoint
+from moe_trainer.checkpoint.hf_write import LazyTensor, write_hf
 from moe_trainer.checkpoint.manager import CheckpointManager
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import DType, ModelConfig
@@ -170,17 +174,18 @@ def load_on(folder: Path, meshes: list[tuple[int, int, int, tuple[int, int]]]) -
     return problems
 
 
-def write_hub_folder(folder: Path) -> None:
+def write_hub_folder(folder: Path, changes: Mapping[str, torch.Tensor] = MappingProxyType({})) -> None:
     """As `transformers` lays it out; the layout is checked against transformers itself in the unit tests."""
     key_of: dict[str, torch.Tensor] = {}
     for name, pieces in key_map(MODEL).items():
         for piece in pieces:
             key_of[piece.key] = whole(name)[piece.target].clone()
+    key_of |= changes
     expected = file_shapes(key_map(MODEL), shapes())
     tensors = [
-        hf.LazyTensor(key, expected[key], torch.bfloat16, partial(key_of.__getitem__, key)) for key in sorted(key_of)
+        LazyTensor(key, expected[key], torch.bfloat16, partial(key_of.__getitem__, key)) for key in sorted(key_of)
     ]
-    hf.write_hf(folder, tensors, {}, max_shard_bytes=3000)
+    write_hf(folder, tensors, {}, max_shard_bytes=3000)
 
 
 @pytest.mark.parametrize("world", MESHES)
@@ -229,6 +234,35 @@ def test_refusals_are_agreed(tmp_path: Path) -> None:
     assert "interleave rows" in first[1]
 
 
+def load_tied(folder: Path) -> str:
+    tied = replace(MODEL, tie_word_embeddings=True)
+    parameters = sharded(2, 1, 1, (0, 0))
+    del parameters["lm_head.weight"]
+    try:
+        hf.load_hf(folder, parameters, partial(key_map, tied))
+    except ConfigError as error:
+        return f"{error} {all(local_part(value).isnan().all() for value in parameters.values())}"
+    embedding = "model.embed_tokens.weight"
+    return str(
+        torch.equal(local_part(parameters[embedding]), whole(embedding).float()[local_box(parameters[embedding])])
+    )
+
+
+def test_a_tied_head_is_compared_by_the_rank_that_keeps_the_rows(tmp_path: Path) -> None:
+    embedding = whole("model.embed_tokens.weight")
+    for name, row in (("same", None), ("first", 0), ("last", -1)):
+        head = embedding.clone()
+        if row is not None:
+            head[row, 3] += 1
+        write_hub_folder(tmp_path / name, {"lm_head.weight": head})
+    assert run_distributed(load_tied, 2, tmp_path / "same") == ["True"] * 2
+    for name, rank in (("first", 0), ("last", 1)):
+        said, other = run_distributed(load_tied, 2, tmp_path / name)
+        assert said == other
+        assert said.startswith(f"reading Hugging Face weights: {tmp_path / name}: lm_head.weight is not equal to")
+        assert said.endswith(" True"), f"rank {rank} or the other changed a parameter"
+
+
 def export_while_group_lives(root: Path) -> list[str]:
     parameters = sharded(2, 2, 2, (0, 0))
     hf.load_hf(root / "hub", parameters, partial(key_map, MODEL))
@@ -240,9 +274,12 @@ def export_while_group_lives(root: Path) -> list[str]:
     tensors = {f"model.{name}": parameter for name, parameter in parameters.items()}
     checkpoint = CheckpointManager(root / "checkpoints", None).save(1, tensors, documents)
     if dist.get_rank() == 0:
-        export_checkpoint(checkpoint, root / "out", 4000, DType.bfloat16)
+        for workers in (1, 3):
+            export_checkpoint(checkpoint, root / f"out{workers}", 4000, DType.bfloat16, workers)
     dist.barrier()
-    return load_on(root / "out", [(4, 1, 1, (0, 0))])
+    alone, three = ({path.name: path.read_bytes() for path in (root / name).iterdir()} for name in ("out1", "out3"))
+    assert len(alone) > 6 and alone == three
+    return load_on(root / "out3", [(4, 1, 1, (0, 0))])
 
 
 def test_hub_to_mesh_to_hub(tmp_path: Path) -> None:

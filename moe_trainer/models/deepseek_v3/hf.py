@@ -119,7 +119,7 @@ def key_map(model: ModelConfig, keys: Collection[str] = ()) -> KeyMap:
         keys: the names that a folder holds; they say which matrices are quantised. Without them, none is.
     """
     names: dict[str, str] = {}
-    pieces = outer_pieces(model)
+    pieces = outer_pieces(model, keys)
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}."
         names |= {f"{prefix}{ours}": f"{prefix}{theirs}" for ours, theirs in _layer_names(model, layer).items()}
@@ -127,8 +127,8 @@ def key_map(model: ModelConfig, keys: Collection[str] = ()) -> KeyMap:
             pieces |= _experts(f"{prefix}mlp.", model, keys)
     pieces |= {ours: [_piece(theirs, keys)] for ours, theirs in names.items()}
     unread = [Piece(key) for key in keys if _layer_of(key) >= model.num_layers]
-    if model.tie_word_embeddings:
-        unread += [Piece(key) for key in keys if key == "lm_head.weight"]
+    if not model.num_shared_experts:
+        unread += _no_shared_experts(model)
     return pieces | ({UNREAD: unread} if unread else {})
 
 
@@ -169,6 +169,18 @@ def _experts(prefix: str, model: ModelConfig, keys: Collection[str]) -> dict[str
             _piece(f"{prefix}experts.{expert}.down_proj.weight", keys, (expert,)) for expert in experts
         ],
     }
+
+
+def _no_shared_experts(model: ModelConfig) -> list[Piece]:
+    """transformers makes and stores the matrices of no shared experts, of width zero."""
+    none, hidden = slice(0, 0), slice(0, model.hidden_size)
+    shapes = {"gate_proj": (none, hidden), "up_proj": (none, hidden), "down_proj": (hidden, none)}
+    return [
+        Piece(f"model.layers.{layer}.mlp.shared_experts.{name}.weight", source=shape)
+        for layer in range(model.num_layers)
+        if layer not in model.dense_layers
+        for name, shape in shapes.items()
+    ]
 
 
 def _piece(key: str, keys: Collection[str], target: tuple[int, ...] = ()) -> Piece:

@@ -21,7 +21,7 @@ from moe_trainer.models.hub import (
     rope_from,
     sizes_from,
 )
-from moe_trainer.models.keymap import UNREAD, Encoding, KeyMap, Piece
+from moe_trainer.models.keymap import Encoding, KeyMap, Piece
 
 _NAMES = {
     "vocab_size": "vocab_size",
@@ -98,14 +98,12 @@ def key_map(model: ModelConfig, keys: Collection[str] = ()) -> KeyMap:
         keys: the names that a folder holds; they say whether the experts are quantised. Without them, they are not.
     """
     is_quantised = any(key.endswith(".experts.gate_up_proj_blocks") for key in keys)
-    pieces = outer_pieces(model)
+    pieces = outer_pieces(model, keys)
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}."
         pieces |= layer_pieces(prefix, model)
         pieces |= {f"{prefix}{ours}": [Piece(f"{prefix}{theirs}")] for ours, theirs in _RENAMED.items()}
         pieces |= _experts(f"{prefix}mlp.experts.", model, is_quantised)
-    if model.tie_word_embeddings and "lm_head.weight" in keys:
-        pieces[UNREAD] = [Piece("lm_head.weight")]
     return pieces
 
 

@@ -72,7 +72,7 @@ def key_map(model: ModelConfig, keys: Collection[str] = ()) -> KeyMap:
     Args:
         keys: the names that a folder holds; they decide between the layouts. Without them, the one written on export.
     """
-    pieces = hub.outer_pieces(model)
+    pieces = hub.outer_pieces(model, keys)
     for layer in range(model.num_layers):
         prefix = f"model.layers.{layer}."
         pieces |= hub.layer_pieces(prefix, model)

@@ -141,7 +141,7 @@ def test_export_never_overwrites_and_cleans_up(tmp_path: Path, monkeypatch: pyte
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moe_trainer.checkpoint.hf._write_tensor", full)
+    monkeypatch.setattr("moe_trainer.checkpoint.hf_write._write_tensor", full)
     with pytest.raises(ConfigError, match="No space left"):
         export_checkpoint(checkpoint, tmp_path / "other", 10**9, DType.float32)
     assert not list(tmp_path.glob("other*"))
