@@ -1,4 +1,4 @@
-"""`moe-generate checkpoint=DIR prompt="TEXT" [key=value ...]`: continues a text with a trained model."""
+"""`moe-generate checkpoint=DIR prompt="TEXT"|prompts=FILE [key=value ...]`: continues texts with a trained model."""
 
 import sys
 
@@ -8,6 +8,7 @@ from moe_trainer.config.keys import keys_help
 from moe_trainer.config.schema import GenerateConfig
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate_generate
+from moe_trainer.generate.prompts import read_prompts
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -18,12 +19,14 @@ def main(argv: list[str] | None = None) -> int:
 
 def _generate(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
-        print(f'usage: moe-generate checkpoint=DIR prompt="TEXT" [key=value ...]\n\n{keys_help(GenerateConfig())}')
+        usage = 'usage: moe-generate checkpoint=DIR prompt="TEXT"|prompts=FILE [key=value ...]'
+        print(f"{usage}\n\n{keys_help(GenerateConfig())}")
         return 0
     cfg = compose("generate", argv)
     world_size = world_size_from_env()
     # Twice: what needs no torch costs no import of it.
     validate_generate(cfg, world_size, num_gpus=None)
+    read_prompts(cfg)
     resolved = validate_generate(cfg, world_size, count_gpus(cfg.device))
     if world_size is None and cfg.parallel.tp > 1:
         return launch("moe_trainer.cli.generate", argv, cfg.parallel.tp)

@@ -1,8 +1,9 @@
 """One rank of `moe-generate`."""
 
+import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,9 @@ from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import GenerateConfig, ParallelConfig
 from moe_trainer.config.shape import check_divisions
 from moe_trainer.generate.decoding import generate
+from moe_trainer.generate.prompts import Prompt, read_prompts
 from moe_trainer.generate.quantization import quantize_model
-from moe_trainer.generate.sampling import Sampler
+from moe_trainer.generate.sampling import Sampler, Sampling
 from moe_trainer.generate.source import Source, load_weights, open_source
 from moe_trainer.generate.text import TextStream
 from moe_trainer.models.decoder import CausalLM
@@ -31,63 +33,133 @@ _logger = get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Continuation:
-    """What a model made of a prompt, and how fast."""
+    """What a model made of a prompt."""
 
+    prompt: str
+    text: str
+    """What follows the prompt."""
     prompt_ids: list[int]
     new_ids: list[int]
-    """With the end-of-text token, where it came to that."""
-    seconds: float
-    """From the start of the prompt's forward pass to the last token."""
-    seconds_to_first: float
+    """With the token that ended the text, where it came to that."""
+    stopped: bool
+    """Whether it came to that."""
+
+
+@dataclass(slots=True)
+class Speed:
+    """Of all batches together, without the loading."""
+
+    new_tokens: int = 0
+    """Of all sequences, each up to its end."""
+    seconds: float = 0.0
+    """From the start of the prompts' forward passes to the last tokens."""
+    seconds_to_first: float | None = None
+    """Until the first batch had its first tokens."""
 
 
 def run_generation(cfg: GenerateConfig) -> None:
-    """Print the prompt and its continuation on stdout, the speed on stderr. `cfg` is validated, its device concrete.
+    """Continue the prompts, on stdout or into `cfg.output`; what is used and the speed go to stderr.
+
+    Args:
+        cfg: validated, its device concrete.
 
     Raises:
         ConfigError: something that only shows with the folder in hand; on every rank alike, before weights are read.
     """
     with process_group(cfg.device) as device:
         setup_logging(dist.get_rank())
-        write = _print if dist.get_rank() == 0 else _discard
-        done = continue_prompt(cfg, device, write)
-        write("\n")
-        count = len(done.new_ids)
+        is_first, speed = dist.get_rank() == 0, Speed()
+        write = _print if is_first and cfg.output is None else _discard
+        for done in continue_prompts(cfg, device, write, speed):
+            write("\n" if cfg.prompts is None else "\n\n")
+            if is_first and cfg.output is not None:
+                _append(Path(cfg.output), done)
         _logger.info(
             "%d tokens in %.2f s, %.1f tok/s, first token after %.2f s",
-            *(count, done.seconds, count / done.seconds, done.seconds_to_first),
+            *(speed.new_tokens, speed.seconds, speed.new_tokens / speed.seconds, speed.seconds_to_first),
         )
 
 
 def continue_prompt(cfg: GenerateConfig, device: torch.device, write: Callable[[str], object]) -> Continuation:
-    """Load the model that `cfg.checkpoint` names and continue `cfg.prompt`. Collective over the world.
+    """Continue `cfg.prompt`; see `continue_prompts`."""
+    (done,) = continue_prompts(cfg, device, write)
+    return done
+
+
+def continue_prompts(
+    cfg: GenerateConfig, device: torch.device, write: Callable[[str], object], speed: Speed | None = None
+) -> Iterator[Continuation]:
+    """Load the model that `cfg.checkpoint` names and continue the prompts, in their order. Collective over the world.
 
     Args:
-        write: gets the prompt, then the text of each token as it comes.
+        write: gets each prompt and its continuation, before that is yielded; the first one's of a batch as it comes.
+        speed: is filled in.
 
     Raises:
         ConfigError: as `run_generation`.
     """
+    prompts = read_prompts(cfg)
     source = open_source(Path(cfg.checkpoint))
     ranks = cfg.parallel.tp
     parallel = ParallelConfig(fsdp=1, tp=ranks, ep=ranks, expert_parallel=True, sequence_parallel=False)
     check_divisions(source.model, parallel)
-    prompt_ids = _encode(cfg, source)
+    encoded = [_encode(prompt, cfg.max_new_tokens, source) for prompt in prompts]
+    sampling = _sampling(cfg, source.sampling)
+    _logger.info("%s", sampling if sampling.temperature == 0 else f"{sampling} seed={cfg.seed}")
     model, group = _load_model(source, parallel, device, compute_dtype(cfg.dtype, device))
     quantize_model(model, cfg.quantization)
 
-    sampler = Sampler(cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed)
-    stream = TextStream(source.tokenizer, prompt_ids)
-    write(cfg.prompt)
-    start = time.perf_counter()
-    new_ids, times = [], []
-    input_ids = torch.tensor([prompt_ids], device=device)
-    for (token_id,) in generate(model, input_ids, cfg.max_new_tokens, sampler, source.stop_ids, group):
-        times.append(time.perf_counter() - start)
-        new_ids.append(int(token_id))
-        write(stream.push(new_ids[-1]))
-    write(stream.close())
-    return Continuation(prompt_ids, new_ids, times[-1], times[0])
+    for start in range(0, len(prompts), cfg.batch_size):
+        batch = slice(start, start + cfg.batch_size)
+        ids = encoded[batch]
+        # Seeded by the prompt's number: how many go together does not matter.
+        seeds = [cfg.seed + start + row for row in range(len(ids))]
+        sampler = None if sampling.temperature == 0 else Sampler(sampling, seeds, cfg.max_new_tokens, device)
+        tokens = generate(model, ids, cfg.max_new_tokens, sampler, source.stop_ids, group, cfg.cuda_graph)
+        texts = [prompt.text for prompt in prompts[batch]]
+        yield from _follow(tokens, texts, ids, source, write, speed or Speed())
+
+
+def _follow(
+    tokens: Iterator[torch.Tensor],
+    prompts: list[str],
+    prompt_ids: list[list[int]],
+    source: Source,
+    write: Callable[[str], object],
+    speed: Speed,
+) -> Iterator[Continuation]:
+    """One batch: each sequence up to its own end, the first as it comes."""
+    streams = [TextStream(source.tokenizer, ids) for ids in prompt_ids]
+    new_ids: list[list[int]] = [[] for _ in prompts]
+    texts = [""] * len(prompts)
+    stopped = [False] * len(prompts)
+    write(prompts[0])
+    begun = time.perf_counter()
+    for step in tokens:
+        if speed.seconds_to_first is None:
+            speed.seconds_to_first = time.perf_counter() - begun
+        for row, token_id in enumerate(step.tolist()):
+            if stopped[row]:
+                continue
+            new_ids[row].append(token_id)
+            stopped[row] = token_id in source.stop_ids
+            piece = streams[row].push(token_id)
+            texts[row] += piece
+            if row == 0:
+                write(piece)
+    speed.seconds += time.perf_counter() - begun
+    speed.new_tokens += sum(map(len, new_ids))
+    for row, stream in enumerate(streams):
+        rest = stream.close()
+        texts[row] += rest
+        write(rest if row == 0 else prompts[row] + texts[row])
+        yield Continuation(prompts[row], texts[row], prompt_ids[row], new_ids[row], stopped[row])
+
+
+def _sampling(cfg: GenerateConfig, wanted: Sampling) -> Sampling:
+    """What the command says, and where it says nothing, the folder."""
+    named = {key: getattr(cfg, key) for key in Sampling._fields}
+    return wanted._replace(**{key: value for key, value in named.items() if value is not None})
 
 
 def _load_model(
@@ -104,29 +176,33 @@ def _load_model(
     return model, None if meshes.tp is None else meshes.tp.get_group()
 
 
-def _encode(cfg: GenerateConfig, source: Source) -> list[int]:
+def _encode(prompt: Prompt, max_new_tokens: int, source: Source) -> list[int]:
     """The prompt's tokens; they and the new ones must have a place in the model."""
-    ids = source.tokenizer.encode(cfg.prompt).ids
+    ids = source.tokenizer.encode(prompt.text).ids
     if len(ids) > 1 and ids[-1] in source.stop_ids:  # some tokenizers end each text themselves
         ids = ids[:-1]
     if not ids:
-        raise ConfigError(f"prompt={cfg.prompt!r}: the tokenizer of {source.folder} makes no token of it")
+        raise ConfigError(f"the tokenizer of {source.folder} makes no token of {prompt.name}")
     if max(ids) >= source.model.vocab_size:
         raise ConfigError(
             f"{source.folder}: tokenizer.json gives token id {max(ids)}, but the model has only "
             f"{source.model.vocab_size}: it belongs to another model"
         )
     context = source.model.max_position_embeddings
-    if len(ids) + cfg.max_new_tokens > context:
+    if len(ids) + max_new_tokens > context:
+        room = context - len(ids)
+        way_out = f"give at most {room}" if room > 0 else "give a shorter prompt"
         raise ConfigError(
-            f"max_new_tokens={cfg.max_new_tokens}: with {len(ids)} tokens of the prompt it exceeds the model's "
-            f"context of {context}; {_room(context - len(ids))}"
+            f"max_new_tokens={max_new_tokens}: with {len(ids)} tokens of {prompt.name} it exceeds the model's "
+            f"context of {context}; {way_out}"
         )
     return ids
 
 
-def _room(tokens: int) -> str:
-    return f"give at most {tokens}" if tokens > 0 else "give a shorter prompt"
+def _append(path: Path, done: Continuation) -> None:
+    result = {"prompt": done.prompt, "continuation": done.text, "tokens": len(done.new_ids), "stopped": done.stopped}
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(result, ensure_ascii=False) + "\n")
 
 
 def _print(text: str) -> None:

@@ -1,30 +1,58 @@
-"""Which token comes next."""
+"""Which token comes next, where it is drawn."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
 
+class Sampling(NamedTuple):
+    """How tokens are chosen."""
+
+    temperature: float
+    """0 is greedy, and the rest then means nothing."""
+    top_k: int | None = None
+    """None: among all."""
+    top_p: float = 1.0
+
+    def __str__(self) -> str:
+        if self.temperature == 0:
+            return "greedy"
+        top_k = "all" if self.top_k is None else self.top_k
+        return f"temperature={self.temperature:g} top_k={top_k} top_p={self.top_p:g}"
+
+
+GREEDY = Sampling(0.0)
+
+
 class Sampler:
-    """Greedy for temperature 0; otherwise draws after `temperature`, `top_k` and `top_p`, in this order.
+    """Draws after `temperature` (above 0), `top_k` and `top_p`, in this order, on the logits' device.
 
     top_p is nucleus sampling (Holtzman et al., 2020): among the fewest likeliest tokens that together have at least
-    this probability. Random numbers come from a generator on the CPU, the same for every device.
+    this probability. Each sequence has random numbers of its own, drawn beforehand from a generator on the CPU: they
+    are the same on every device and in every batch, and a draw needs nothing from the host.
     """
 
-    def __init__(self, temperature: float = 0.0, top_k: int | None = None, top_p: float = 1.0, seed: int = 0) -> None:
-        self.temperature = temperature
-        self.top_k = top_k
-        self.top_p = top_p
-        self._generator = torch.Generator().manual_seed(seed)
+    def __init__(
+        self, sampling: Sampling, seeds: Sequence[int], draws: int, device: torch.device | str = "cpu"
+    ) -> None:
+        """`seeds`: of each sequence; `draws`: tokens to be drawn at most for each."""
+        self.temperature, self.top_k, self.top_p = sampling
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        columns = [torch.rand(draws, generator=generator, dtype=torch.float64) for generator in generators]
+        # A little below one, so that no rounding takes a product with a total up to the total.
+        self._uniform = torch.stack(columns, dim=1).mul(1 - 1e-12).to(device)  # [draws, batch]
+        self._draw = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __call__(self, logits: torch.Tensor) -> torch.Tensor:
-        """[batch, vocab] -> token ids [batch], on the CPU."""
-        if self.temperature == 0:
-            return logits.argmax(-1).cpu()
-        probabilities = self.probabilities(logits.cpu())
-        return torch.multinomial(probabilities, 1, generator=self._generator).squeeze(-1)
+        """[batch, vocab] -> token ids [batch]: where the sum of probabilities passes the sequence's next number."""
+        sums = self.probabilities(logits).cumsum(-1)
+        number = self._uniform.index_select(0, self._draw).squeeze(0).unsqueeze(1)  # [batch, 1]
+        self._draw += 1
+        return torch.searchsorted(sums, number * sums[:, -1:], right=True).squeeze(1)
 
     def probabilities(self, logits: torch.Tensor) -> torch.Tensor:
-        """What a token is drawn from: [batch, vocab], rows summing to one; for a temperature above 0."""
+        """What a token is drawn from: [batch, vocab], rows summing to one."""
         wide = logits.to(torch.float64)
         # The largest is subtracted first: a tiny temperature would overflow.
         scaled = (wide - wide.amax(-1, keepdim=True)) / self.temperature

@@ -1,11 +1,13 @@
 """Where a model to generate with comes from: one of our checkpoints, a run, or a Hugging Face folder."""
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -18,6 +20,7 @@ from moe_trainer.checkpoint.sharded import load_tensors, stored_tensors
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import ModelConfig
 from moe_trainer.data.tokenizer import end_of_text_id, load_tokenizer
+from moe_trainer.generate.sampling import GREEDY, Sampling
 from moe_trainer.models.hub import model_config_from_hf
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.shards import local_part
@@ -35,6 +38,8 @@ class Source:
     tokenizer: Tokenizer
     stop_ids: frozenset[int]
     """Tokens that end a text; empty if the folder names none."""
+    sampling: Sampling
+    """What the folder asks for; greedy if it asks for nothing."""
 
 
 def open_source(path: Path) -> Source:
@@ -44,13 +49,14 @@ def open_source(path: Path) -> Source:
         ConfigError: none of the three kinds of folder, or one with a missing or damaged document.
     """
     if (path / "config.json").is_file() and not (path / COMMIT).is_file():
-        tokenizer = _tokenizer(path)
-        return Source(path, True, model_config_from_hf(path), tokenizer, _hf_stop_ids(path, tokenizer))
+        tokenizer, wishes = _tokenizer(path), _read_json(path / "generation_config.json")
+        stop_ids = _hf_stop_ids(path, wishes, tokenizer)
+        return Source(path, True, model_config_from_hf(path), tokenizer, stop_ids, _hf_sampling(path, wishes))
     folder = resolve_checkpoint(path)
     tokenizer = _tokenizer(folder)
     end = end_of_text_id(tokenizer)
     model = model_config_from_json(read_document(folder, "model.json"))
-    return Source(folder, False, model, tokenizer, frozenset(() if end is None else (end,)))
+    return Source(folder, False, model, tokenizer, frozenset(() if end is None else (end,)), GREEDY)
 
 
 def load_weights(source: Source, parameters: Mapping[str, torch.Tensor]) -> None:
@@ -95,20 +101,44 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return load_tokenizer(str(path))
 
 
-def _hf_stop_ids(folder: Path, tokenizer: Tokenizer) -> frozenset[int]:
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in the file; empty if there is no such file."""
+    if not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    return values
+
+
+def _hf_stop_ids(folder: Path, wishes: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:
     """`eos_token_id`, a number or a list, of generation_config.json, else of config.json, else by the usual names."""
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        try:
-            ids = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path} cannot be read: {error}") from error
+    for name, values in (("generation_config.json", wishes), ("config.json", _read_json(folder / "config.json"))):
+        ids = values.get("eos_token_id")
         if ids is not None:
             listed = ids if isinstance(ids, list) else [ids]
             if not all(type(token_id) is int for token_id in listed):
-                raise ConfigError(f"{path}: eos_token_id={ids} must be a token id or a list of them")
+                raise ConfigError(f"{folder / name}: eos_token_id={ids} must be a token id or a list of them")
             return frozenset(listed)
     end = end_of_text_id(tokenizer)
     return frozenset(() if end is None else (end,))
+
+
+def _hf_sampling(folder: Path, wishes: dict[str, Any]) -> Sampling:
+    """`temperature`, `top_k` and `top_p` where `do_sample` is true; greedy otherwise."""
+    if wishes.get("do_sample") is not True:
+        return GREEDY
+
+    def number(key: str, default: float, least: float, most: float) -> float:
+        value = wishes.get(key)
+        value = default if value is None else value
+        if type(value) not in (int, float) or not least <= value <= most:
+            path = folder / "generation_config.json"
+            raise ConfigError(f"{path}: {key}={value} must be a number of at least {least} and at most {most}")
+        return value
+
+    top_k = number("top_k", 0, 0, math.inf)
+    return Sampling(number("temperature", 1.0, 0, math.inf), int(top_k) or None, number("top_p", 1.0, 0, 1) or 1.0)

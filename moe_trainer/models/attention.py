@@ -9,35 +9,74 @@ from moe_trainer.models.rope import Rotation, rotate
 
 
 class KVCache:
-    """Keys and values of the tokens so far, for each layer; it holds the heads that this rank computes."""
+    """Keys and values of the tokens so far, for each layer, in columns that never move or grow.
 
-    def __init__(self, num_layers: int, max_seq_len: int) -> None:
+    It holds the heads that this rank computes. Shorter sequences begin further to the right, so that all end in the
+    same column; nobody looks at the columns before a sequence's start. Which column comes next is counted on the
+    device: a step over one more token is the same work each time, which a CUDA graph can replay.
+    """
+
+    def __init__(self, num_layers: int, max_seq_len: int, starts: torch.Tensor | None = None) -> None:
+        """
+        Args:
+            max_seq_len: columns; to write past them is an error of the device's `index_copy_`.
+            starts: [batch] each sequence's first column, on the model's device; None: all begin in the first.
+        """
         self.max_seq_len = max_seq_len
-        self.lengths = [0] * num_layers
-        self._keys: list[torch.Tensor | None] = [None] * num_layers
-        self._values: list[torch.Tensor | None] = [None] * num_layers
+        self.starts = starts
+        self._is_first = False
+        self._layers: list[tuple[torch.Tensor, torch.Tensor] | None] = [None] * num_layers
+        self._next: torch.Tensor | None = None
+        self._columns: torch.Tensor
+        self._masks: dict[int | None, torch.Tensor | None]
 
-    @property
-    def length(self) -> int:
-        """Tokens that every layer has seen."""
-        return self.lengths[-1]
+    def advance(self, seq: int, device: torch.device) -> torch.Tensor:
+        """Take the next `seq` columns, once for all layers; the tokens' positions, [seq] or, from `starts`,
+        [batch, seq]."""
+        self._is_first = self._next is None
+        if self._next is None:
+            self._next = torch.zeros(1, dtype=torch.int64, device=device)
+        self._columns = self._next + torch.arange(seq, device=device)
+        self._next += seq
+        self._masks = {}
+        if self.starts is None:
+            return self._columns
+        return (self._columns - self.starts.unsqueeze(1)).clamp(min=0)
 
     def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add [batch, kv_heads, seq, head_dim] and return all of the layer's keys and values.
+        """Write [batch, kv_heads, seq, head_dim] into the columns just taken.
 
-        Raises:
-            ValueError: the sequence outgrows `max_seq_len`.
+        Returns:
+            The keys and values that `mask` is about: of the first tokens themselves, later of all columns.
         """
-        start, stop = self.lengths[layer], self.lengths[layer] + key.shape[2]
-        if stop > self.max_seq_len:
-            raise ValueError(f"the key-value cache holds {self.max_seq_len} tokens, {stop} were given")
-        if self._keys[layer] is None:
-            self._keys[layer] = key.new_empty(*key.shape[:2], self.max_seq_len, key.shape[3])
-            self._values[layer] = value.new_empty(*value.shape[:2], self.max_seq_len, value.shape[3])
-        keys, values = self._keys[layer], self._values[layer]
-        keys[:, :, start:stop], values[:, :, start:stop] = key, value
-        self.lengths[layer] = stop
-        return keys[:, :, :stop], values[:, :, :stop]
+        if self._layers[layer] is None:
+            # Zeros: what no sequence has written yet is multiplied by a weight of zero, and NaN would survive that.
+            wide = [part.new_zeros(*part.shape[:2], self.max_seq_len, part.shape[3]) for part in (key, value)]
+            self._layers[layer] = (wide[0], wide[1])
+        keys, values = self._layers[layer]
+        keys.index_copy_(2, self._columns, key)
+        values.index_copy_(2, self._columns, value)
+        return (key, value) if self._is_first else (keys, values)
+
+    def mask(self, window: int | None) -> torch.Tensor | None:
+        """As `causal_mask` for the tokens just taken, and true in the columns of a token's own sequence alone.
+
+        [seq, columns], with `starts` [batch, 1, seq, columns]. Padding looks at itself: a query without keys is NaN.
+        """
+        if window not in self._masks:
+            self._masks[window] = self._mask(window)
+        return self._masks[window]
+
+    def _mask(self, window: int | None) -> torch.Tensor | None:
+        seq, device = len(self._columns), self._columns.device
+        if self._is_first and self.starts is None:
+            return causal_mask(seq, window, device)
+        columns = torch.arange(seq if self._is_first else self.max_seq_len, device=device)
+        mask = within(self._columns, columns, window)
+        if self.starts is None:
+            return mask
+        begun = columns >= self.starts.view(-1, 1, 1, 1)
+        return mask & (begun | (columns == self._columns.unsqueeze(1)))
 
 
 class Attention(nn.Module):
@@ -71,9 +110,12 @@ class Attention(nn.Module):
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         query, key, value = self.project(x)
         query, key = rotate(query, rope), rotate(key, rope)
-        if cache is not None:
+        if cache is None:
+            mask = causal_mask(query.shape[2], self.window, query.device)
+        else:
+            mask = cache.mask(self.window)
             key, value = cache.append(self.layer, key, value)
-        out = self.attend(query, key, value)
+        out = self.attend(query, key, value, mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -84,31 +126,52 @@ class Attention(nn.Module):
         """[batch, seq, heads * head_dim] -> [batch, heads, seq, head_dim]."""
         return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Weighted values, [batch, heads, seq, head_dim]."""
-        return attend(query, key, value, self.window)
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Weighted values, [batch, heads, seq, head_dim]; see `attend`."""
+        return attend(query, key, value, mask)
 
 
 def attend(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    window: int | None = None,
+    mask: torch.Tensor | None = None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention of the last `query.shape[2]` positions over all of `key`."""
-    seq, context = query.shape[2], key.shape[2]
-    windowed = window is not None and context > window
-    is_causal = seq == context and not windowed
-    mask = None
-    if not is_causal and (seq > 1 or windowed):
-        mask = causal_mask(seq, context, window, query.device)
+    """Attention of query [batch, heads, seq, head_dim] over key and value [batch, kv_heads, columns, head_dim].
+
+    Args:
+        mask: true where a query looks, broadcast to [batch, heads, seq, columns]; None: causal, over as many columns
+            as queries, which fused kernels do without a mask.
+    """
+    groups = query.shape[1] // key.shape[1]
+    if mask is not None and groups > 1:
+        if query.shape[2] == 1:
+            # The heads of a group become queries of their key head: no copies of a long cache.
+            rows = query.squeeze(2).unflatten(1, (-1, groups))
+            out = F.scaled_dot_product_attention(rows, key, value, mask, scale=scale)
+            return out.flatten(1, 2).unsqueeze(2)
+        # Copied: fused kernels take a mask or grouped queries, not both.
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        groups = 1
     return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=is_causal, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
     )
 
 
-def causal_mask(seq: int, context: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """[seq, context], true where the last `seq` positions look: not ahead, nor further back than the window."""
-    mask = torch.ones(seq, context, dtype=torch.bool, device=device).tril(context - seq)
-    return mask if window is None else mask.triu(context - seq - window + 1)
+def causal_mask(seq: int, window: int | None, device: torch.device) -> torch.Tensor | None:
+    """[seq, seq], true where each token looks: not ahead, nor further back than the window. None if the window does
+    not matter: see `attend`."""
+    if window is None or seq <= window:
+        return None
+    positions = torch.arange(seq, device=device)
+    return within(positions, positions, window)
+
+
+def within(queries: torch.Tensor, columns: torch.Tensor, window: int | None) -> torch.Tensor:
+    """Numbers of the queries' and of all columns -> [queries, columns], true up to the query's own."""
+    distance = queries.unsqueeze(1) - columns
+    mask = distance >= 0
+    return mask if window is None else mask & (distance < window)

@@ -66,16 +66,26 @@ class Decoder(nn.Module):
         self, input_ids: torch.Tensor, cache: KVCache | None = None
     ) -> tuple[torch.Tensor, tuple[Routing, ...]]:
         """[batch, seq] -> hidden states [batch, seq, hidden] and the sparse layers' routings."""
-        start = cache.length if cache is not None else 0
-        positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)
         x = self.embed_tokens(input_ids)
-        rope = rotation(positions, self.rope_width, self.rope, x.dtype)
+        rope = self._rotation(input_ids, cache, x.dtype)
         routings = []
         for layer in self.layers:
             x, routing = layer(x, rope, cache)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x), tuple(routings)
+
+    def _rotation(self, input_ids: torch.Tensor, cache: KVCache | None, dtype: torch.dtype) -> Rotation:
+        """Of each position, [seq, width]; of each sequence's own where they begin in different columns of the cache,
+        [batch, 1, seq, width]."""
+        if cache is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        else:
+            positions = cache.advance(input_ids.shape[1], input_ids.device)
+        rope = rotation(positions.flatten(), self.rope_width, self.rope, dtype)
+        if positions.ndim == 1:
+            return rope
+        return Rotation(*(part.unflatten(0, positions.shape).unsqueeze(1) for part in rope))
 
 
 class CausalLM(nn.Module):

@@ -1,6 +1,7 @@
 """A model of transformers, loaded here: the same logits, loss and greedy tokens, on one process and on several."""
 
 import json
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -8,23 +9,29 @@ from typing import NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import ProcessGroup
 
 from moe_trainer.checkpoint.documents import model_config_to_json
 from moe_trainer.checkpoint.manager import CheckpointManager
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DeviceName, GenerateConfig, GenerateParallelConfig, ParallelConfig
+from moe_trainer.config.schema import DeviceName, GenerateConfig, GenerateParallelConfig, ModelConfig, ParallelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
 from moe_trainer.generate.decoding import generate
-from moe_trainer.generate.main import _load_model, continue_prompt, run_generation
-from moe_trainer.generate.sampling import Sampler
+from moe_trainer.generate.main import Continuation, _load_model, continue_prompt, continue_prompts, run_generation
+from moe_trainer.generate.sampling import Sampler, Sampling
 from moe_trainer.generate.source import open_source
 from moe_trainer.models.attention import KVCache
+from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.registry import FAMILIES
 from moe_trainer.models.router import Router
+from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.collectives import gather_replicated
 from moe_trainer.parallel.cross_entropy import cross_entropy_sum
-from moe_trainer.parallel.shards import local_part
+from moe_trainer.parallel.mesh import build_meshes
+from moe_trainer.parallel.shards import local_box, local_part
 from moe_trainer.testing.pool import run_distributed
+from tests.unit.generate.test_batches import MODELS
 
 CPU = torch.device("cpu")
 PROMPT = "A river"
@@ -151,8 +158,8 @@ def disagreeing(folder: Path) -> list[list[int]]:
     model, group = _load_model(
         open_source(folder), ParallelConfig(fsdp=1, tp=2, ep=2, expert_parallel=True), CPU, torch.float32
     )
-    sampler = Sampler(temperature=5.0, seed=dist.get_rank())
-    return [t.tolist() for t in generate(model, torch.tensor([[65, 66]]), 8, sampler, (), group)]
+    sampler = Sampler(Sampling(5.0), [dist.get_rank()], 8)
+    return [t.tolist() for t in generate(model, [[65, 66]], 8, sampler, (), group)]
 
 
 def test_the_first_rank_chooses_for_all(hub: Path) -> None:
@@ -167,7 +174,7 @@ def stopping(folder: Path, stop_id: int) -> list[list[list[int]]]:
     prompt = list(PROMPT.encode())
     runs = []
     for batch in ([prompt], [prompt, prompt[::-1]]):
-        tokens = generate(model, torch.tensor(batch), NEW_TOKENS, Sampler(), {stop_id, 999}, group)
+        tokens = generate(model, batch, NEW_TOKENS, None, {stop_id, 999}, group)
         runs.append([step.tolist() for step in tokens])
     return runs
 
@@ -183,12 +190,17 @@ def test_a_stop_token_ends_its_sequence(hub: Path, expected: Expected) -> None:
     assert len(pair) > place + 1 or pair[-1] == [stop_id, stop_id]
 
 
+def wish(folder: Path, values: dict[str, object]) -> None:
+    """Replace the generation_config.json."""
+    (folder / "generation_config.json").unlink(missing_ok=True)
+    (folder / "generation_config.json").write_text(json.dumps(values))
+
+
 def test_eos_of_the_folder_ends_the_text(hub: Path, expected: Expected, tmp_path: Path) -> None:
     for file in hub.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "generation_config.json").unlink(missing_ok=True)
     stop_id = expected.greedy[3]
-    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [263, stop_id]}))
+    wish(tmp_path, {"eos_token_id": [263, stop_id]})
     ((greedy, _, _),) = run_distributed(continuations, 1, config(tmp_path), [])
     assert greedy == expected.greedy[: expected.greedy.index(stop_id) + 1]
 
@@ -270,7 +282,8 @@ def test_stdout_is_prompt_and_continuation_only(
     run_generation(config(hub))
     out, err = capsys.readouterr()
     assert out == PROMPT + load_tokenizer("byte").decode(expected.greedy) + "\n"
-    assert err.startswith(f"{NEW_TOKENS} tokens in ") and "tok/s, first token after" in err
+    used, speed = err.splitlines()
+    assert used == "greedy" and speed.startswith(f"{NEW_TOKENS} tokens in ") and "tok/s, first token after" in speed
 
 
 def test_the_context_can_be_used_to_its_end(hub: Path) -> None:
@@ -278,6 +291,169 @@ def test_the_context_can_be_used_to_its_end(hub: Path) -> None:
     cfg.max_new_tokens = CONTEXT - len(PROMPT)
     ((greedy, _, _),) = run_distributed(continuations, 1, cfg, [])
     assert len(greedy) == CONTEXT - len(PROMPT)
+
+
+PROMPTS = ["A river", "of", "patient water, wide", "A", "A river"]
+
+
+def write_prompts(folder: Path) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("\n".join(PROMPTS) + "\n")
+    return path
+
+
+def of_file(folder: Path, prompts: Path, tp: int = 1, **changes: object) -> GenerateConfig:
+    cfg = config(folder, tp, prompts=str(prompts), **changes)
+    cfg.prompt = None
+    return cfg
+
+
+def every_continuation(configs: list[GenerateConfig]) -> list[list[Continuation]]:
+    return [list(continue_prompts(cfg, CPU, lambda text: None)) for cfg in configs]
+
+
+def greedy_alone(hub: Path, prompt: str) -> list[int]:
+    """New tokens by transformers."""
+    import transformers
+
+    model = transformers.MixtralForCausalLM.from_pretrained(hub, dtype=torch.float32)
+    ids = torch.tensor([list(prompt.encode())])
+    return model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)[0, ids.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_prompts_of_a_file_come_out_as_alone(hub: Path, tmp_path: Path, ranks: int) -> None:
+    file = write_prompts(tmp_path)
+    sampled = {"temperature": 0.9, "top_k": 40, "top_p": 0.95}
+    configs = [
+        of_file(hub, file, ranks, batch_size=5),
+        of_file(hub, file, ranks, batch_size=2),
+        of_file(hub, file, ranks, batch_size=5, **sampled),
+        of_file(hub, file, ranks, batch_size=2, **sampled),
+    ]
+    whole, pairs, drawn, drawn_in_pairs = run_distributed(every_continuation, ranks, configs)[0]
+    assert [done.prompt for done in whole] == PROMPTS
+    assert [done.new_ids for done in whole] == [greedy_alone(hub, prompt) for prompt in PROMPTS]
+    assert pairs == whole
+    assert drawn_in_pairs == drawn, "what is drawn depends on the batch"
+    assert drawn[0].new_ids != drawn[4].new_ids, "equal prompts drew the same"
+    assert all(done.new_ids != greedy.new_ids for done, greedy in zip(drawn, whole, strict=True))
+
+
+def test_a_finished_sequence_is_not_written_on(hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In this process: what is printed, what is counted, and the file."""
+    for file in hub.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    alone = [greedy_alone(hub, prompt) for prompt in PROMPTS]
+    stop_id = alone[0][5]
+    wish(tmp_path, {"eos_token_id": stop_id})
+    expected = [ids[: ids.index(stop_id) + 1] if stop_id in ids else ids for ids in alone]
+    assert len({len(ids) for ids in expected}) > 1
+    texts = [load_tokenizer("byte").decode(ids) for ids in expected]
+    cfg = of_file(tmp_path, write_prompts(tmp_path), batch_size=4)
+    run_generation(cfg)
+    out, err = capsys.readouterr()
+    assert out == "".join(f"{prompt}{text}\n\n" for prompt, text in zip(PROMPTS, texts, strict=True))
+    assert err.splitlines()[-1].startswith(f"{sum(map(len, expected))} tokens in ")
+
+    cfg.output = str(tmp_path / "out.jsonl")
+    run_generation(cfg)
+    assert capsys.readouterr().out == ""
+    assert [json.loads(line) for line in Path(cfg.output).read_text().splitlines()] == [
+        {"prompt": prompt, "continuation": text, "tokens": len(ids), "stopped": ids[-1] == stop_id}
+        for prompt, text, ids in zip(PROMPTS, texts, expected, strict=True)
+    ]
+
+
+def test_the_folder_says_how_to_sample_unless_the_command_does(
+    hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for file in hub.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+
+    def said(**changes: object) -> str:
+        run_generation(config(tmp_path, **changes))
+        return capsys.readouterr().err.splitlines()[0]
+
+    wish(tmp_path, {"do_sample": True, "temperature": 0.6, "top_k": 20, "top_p": 0.95})
+    assert said() == "temperature=0.6 top_k=20 top_p=0.95 seed=0"
+    assert said(temperature=2.0, top_k=3, seed=4) == "temperature=2 top_k=3 top_p=0.95 seed=4"
+    assert said(temperature=0.0) == "greedy"
+    wish(tmp_path, {"do_sample": True})
+    assert said() == "temperature=1 top_k=all top_p=1 seed=0"
+    for values in ({"do_sample": False, "temperature": 0.6, "top_k": 20}, {"temperature": 0.6}):
+        wish(tmp_path, values)
+        assert said() == "greedy"
+        assert said(temperature=0.5) == "temperature=0.5 top_k=all top_p=1 seed=0"
+    wish(tmp_path, {"do_sample": True, "top_p": "most"})
+    with pytest.raises(ConfigError, match="generation_config.json: top_p=most must be a number"):
+        said()
+
+
+def test_a_line_that_is_too_long_is_named_before_weights_are_read(hub: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).symlink_to(hub / name)
+    (tmp_path / "p.txt").write_text("short\n" + "x" * 50 + "\n")
+    ((message,),) = run_distributed(file_refusals, 1, of_file(tmp_path, tmp_path / "p.txt"))
+    assert message == (
+        f"max_new_tokens={NEW_TOKENS}: with 50 tokens of the prompt in line 2 it exceeds the model's context of "
+        f"{CONTEXT}; give at most 14"
+    )
+
+
+def file_refusals(cfg: GenerateConfig) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        list(continue_prompts(cfg, CPU, lambda text: None))
+    return [str(caught.value)]
+
+
+def follow(model: CausalLM, batch: list[list[int]], group: ProcessGroup | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Greedy tokens [batch, new] and the whole logits that they were chosen from, [batch, new, vocab]."""
+    seen = []
+
+    def choose(logits: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.clone())
+        return logits.argmax(-1)
+
+    tokens = torch.stack(list(generate(model, batch, NEW_TOKENS, choose, (), group)), dim=1)
+    assert torch.equal(tokens, torch.stack(list(generate(model, batch, NEW_TOKENS, None, (), group)), dim=1))
+    return tokens, torch.stack(seen, dim=1)
+
+
+@torch.no_grad()
+def fill(model: CausalLM) -> None:
+    """The same values on every mesh, none at one that hides it: biases, sinks and the expert bias are not zero."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
+        whole = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        scaled = 1 + 0.2 * whole if "norm" in name else 0.3 * whole
+        local_part(tensor).copy_(scaled[local_box(tensor)])
+
+
+def follow_split(models: list[ModelConfig], batch: list[list[int]]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    ranks = dist.get_world_size()
+    parallel = ParallelConfig(fsdp=1, tp=ranks, ep=ranks, expert_parallel=True)
+    outcomes = []
+    for cfg in models:
+        meshes = build_meshes(parallel, "cpu")
+        model, _ = build_model(cfg, parallel, meshes, torch.float64)
+        model.to_empty(device="cpu").requires_grad_(False)
+        fill(model)
+        outcomes.append(follow(model, batch, meshes.tp.get_group()))
+    return outcomes
+
+
+def test_every_family_split_and_in_a_batch_is_as_alone_on_one_process() -> None:
+    """TP&EP=2: experts, heads, windows, sinks and latents are split; sequences begin in different columns."""
+    batch = [[5, 1, 4], [3], [2, 7, 1, 8, 2, 8, 1]]
+    outcomes = run_distributed(follow_split, 2, list(MODELS.values()), batch, timeout=120)
+    for family, *results in zip(MODELS, *outcomes, strict=True):
+        model = FAMILIES[family].build(MODELS[family]).double().requires_grad_(False)
+        fill(model)
+        alone = [follow(model, [prompt], None) for prompt in batch]
+        for tokens, logits in results:
+            assert torch.equal(tokens, torch.cat([one for one, _ in alone])), family
+            assert (logits - torch.cat([one for _, one in alone])).abs().max() <= 1e-9, family
 
 
 @pytest.fixture(autouse=True)

@@ -55,9 +55,11 @@ class LatentAttention(nn.Module):
         key, value = key_value.split((self.nope_dim, self.value_dim), dim=-1)
         shared_key = self._rotate(shared_key.unsqueeze(1), rope)  # [batch, 1, seq, rope_dim]
         key = torch.cat((key, shared_key.expand(-1, key.shape[1], -1, -1)), dim=-1)
+        mask = None
         if cache is not None:
+            mask = cache.mask(None)
             key, value = cache.append(self.layer, key, value)
-        out = attend(query, key, value, scale=self.score_scale)
+        out = attend(query, key, value, mask, self.score_scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _rotate(self, x: torch.Tensor, rope: Rotation) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_trainer.config.schema import ModelConfig
-from moe_trainer.models.attention import Attention, causal_mask
+from moe_trainer.models.attention import Attention, within
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
 from moe_trainer.models.moe import ClampedExperts, SparseMoeBlock
 from moe_trainer.models.router import BiasedRouter
@@ -43,17 +43,34 @@ class SinkAttention(Attention):
         )
         self.sinks = AttentionSinks(cfg.num_heads)
 
-    def attend(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def attend(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        if mask is None:
+            positions = torch.arange(query.shape[2], device=query.device)
+            mask = within(positions, positions, None)
+        elif query.shape[2] == 1:
+            return self._attend_once(query, key, value, mask)
         scale = self.head_dim**-0.5
-        seq, context = query.shape[2], key.shape[2]
         groups = query.shape[1] // key.shape[1]
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)  # the sinks are per head
         score = self.sinks(query) / scale
         sink = F.pad(score.expand(query.shape[0], -1, -1, -1), (self.head_dim, 7))  # [batch, heads, 1, head_dim + 8]
         query = F.pad(F.pad(query, (0, 1), value=1.0), (0, 7))
         key = torch.cat((F.pad(key, (0, 8)), sink), dim=2)
-        mask = F.pad(causal_mask(seq, context, self.window, query.device), (0, 1), value=True)
+        mask = F.pad(mask, (0, 1), value=True)
         return F.scaled_dot_product_attention(query, key, F.pad(value, (0, 0, 0, 1)), mask, scale=scale)
+
+    def _attend_once(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
+    ) -> torch.Tensor:
+        """One query a sequence, without copies of the cache: the heads of a group are queries of their key head."""
+        rows = query.squeeze(2).unflatten(1, (key.shape[1], -1)) * self.head_dim**-0.5
+        scores = (rows @ key.mT).masked_fill(~mask, -torch.inf)  # [batch, kv_heads, group, columns]
+        sinks = self.sinks(query).view(1, key.shape[1], -1, 1).expand(len(query), -1, -1, -1)
+        scores = torch.cat((scores, sinks), dim=-1)
+        weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32))[..., :-1]
+        return (weights.to(value.dtype) @ value).flatten(1, 2).unsqueeze(2)
 
 
 def build_gpt_oss(cfg: ModelConfig) -> CausalLM:
