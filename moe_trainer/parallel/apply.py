@@ -10,8 +10,8 @@ from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.plans import Plan
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.mesh import Meshes
-from moe_trainer.parallel.plan import resolve_plan, select_parallel_plan, verify_plan
-from moe_trainer.parallel.styles import ModuleStyle, ParallelContext, Style, WeightStyle
+from moe_trainer.parallel.plan import placements_of, resolve_plan, select_parallel_plan, verify_plan
+from moe_trainer.parallel.styles import ParallelContext, WeightStyle
 
 
 def build_model(
@@ -53,7 +53,9 @@ def apply_plan(
     axes = {"tp": meshes.tp, "ep": meshes.ep}
     active = {name: style for name, style in rules.items() if axes[style.axis] is not None}
     for name, style in active.items():
-        _place(model, name, style, axes[style.axis])
+        mesh = axes[style.axis]
+        for parameter, placement in placements_of(model, name, style, mesh.size()).items():
+            _shard(model, parameter, placement, mesh)
     for name, style in active.items():
         if not isinstance(style, WeightStyle):
             module = model.get_submodule(name)
@@ -62,21 +64,10 @@ def apply_plan(
     return context
 
 
-def _place(model: nn.Module, name: str, style: Style, mesh: DeviceMesh) -> None:
-    """Replace the parameters that the style places by DTensors on its axis."""
-    if isinstance(style, ModuleStyle):
-        return
-    if isinstance(style, WeightStyle):
-        owner, _, parameter = name.rpartition(".")
-        _shard(model.get_submodule(owner), parameter, style.placement, mesh)
-        return
-    module = model.get_submodule(name)
-    for parameter, placement in style.placements(module, mesh.size()).items():
-        _shard(module, parameter, placement, mesh)
-
-
-def _shard(module: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:
-    whole = getattr(module, name)
+def _shard(model: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:
+    """Replace a parameter by a DTensor on an axis."""
+    owner, _, last = name.rpartition(".")
+    whole = model.get_parameter(name)
     assert whole.is_meta, f"{name} already holds data: build the model on the meta device"
     shape = list(whole.shape)
     if isinstance(placement, Shard):
@@ -84,4 +75,4 @@ def _shard(module: nn.Module, name: str, placement: Placement, mesh: DeviceMesh)
         shape[placement.dim] //= mesh.size()
     local = torch.empty(shape, dtype=whole.dtype, device="meta")
     sharded = DTensor.from_local(local, mesh, [placement], run_check=False, shape=whole.shape, stride=whole.stride())
-    setattr(module, name, nn.Parameter(sharded, requires_grad=whole.requires_grad))
+    setattr(model.get_submodule(owner), last, nn.Parameter(sharded, requires_grad=whole.requires_grad))

@@ -64,15 +64,16 @@ def zeros_kept(actual: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def errors_by_part(name: str, actual: torch.Tensor, expected: torch.Tensor) -> dict[str, float]:
-    """Relative error of a tensor; of an expert weight for each expert, of a router for each row.
+    """Relative error of a tensor; of an expert weight for each expert, of a router's weight for each row.
 
-    One expert's or one row's mistake drowns in the norm of the whole, so they are compared on their own. Infinite too
-    where a row that is zero in the reference is not.
+    One expert's or one row's mistake drowns in the norm of the whole, so they are compared on their own. A vector is
+    compared whole: a single value may be a sum that cancels to its own rounding. Infinite too where a row that is
+    zero in the reference is not.
     """
     assert actual.shape == expected.shape, f"{name}: {tuple(actual.shape)} instead of {tuple(expected.shape)}"
     if not zeros_kept(actual, expected):
         return {name: float("inf")}
-    if ".experts." in name or ".gate." in name:
+    if expected.ndim > 1 and (".experts." in name or ".gate." in name):
         parts = zip(actual, expected, strict=True)
         return {f"{name}[{index}]": relative_error(*part) for index, part in enumerate(parts)}
     return {name: relative_error(actual, expected)}

@@ -2,8 +2,6 @@
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
-from rich.table import Table
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -45,20 +43,22 @@ def plan_rows(cfg: Config) -> list[Row]:
         dist.destroy_process_group()
 
 
-def print_plan(cfg: Config) -> None:
-    """Print the mesh and the table of `plan_rows` on stdout."""
+def plan_table(cfg: Config) -> str:
+    """The mesh in one line, and the table of `plan_rows`."""
     parallel = cfg.parallel
-    rows = plan_rows(cfg)
-    table = Table("parameter", "shape", "style", "placement", "local shape", box=None, pad_edge=False)
-    for row in rows:
-        table.add_row(*row)
-    print(
+    rows = [("parameter", "shape", "style", "placement", "local shape"), *plan_rows(cfg)]
+    widths = [max(len(row[column]) for row in rows) for column in range(5)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    mesh = (
         f"{world_size_of(parallel)} ranks: dp_replicate={parallel.dp_replicate} fsdp={parallel.fsdp} "
         f"tp={parallel.tp} ep={parallel.ep}"
     )
-    # Wide enough for every column: a table that is piped into a file must not be cut.
-    width = sum(max(len(row[column]) for row in rows) + 2 for column in range(5)) + 20
-    Console(width=width).print(table)
+    return "\n".join([mesh, *lines])
+
+
+def print_plan(cfg: Config) -> None:
+    """Print `plan_table` on stdout."""
+    print(plan_table(cfg))
 
 
 def _row(name: str, parameter: nn.Parameter, plan: dict[str, str]) -> Row:

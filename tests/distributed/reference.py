@@ -1,24 +1,31 @@
-"""Three training steps of a small uneven model: on one process without any parallelism, and on any mesh."""
+"""Three training steps of a small uneven model of any family: on one plain process, and on any mesh."""
 
+import pickle
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed import ProcessGroup
 
-from moe_trainer.config.schema import ModelConfig, ParallelConfig
+from moe_trainer.config.schema import AuxScope, ModelConfig, ParallelConfig
+from moe_trainer.config.validate import resolve_parallel
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.registry import FAMILIES
+from moe_trainer.models.router import GroupedSigmoidRouter
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_grad_norm
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import Meshes, build_meshes
 from moe_trainer.parallel.precision import Precision
+from moe_trainer.parallel.sequence import SequenceShards
 from moe_trainer.parallel.shards import local_box, local_part
 from moe_trainer.testing.compare import assert_close_by_part, full_tensors
+from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.loss import Losses, LossFn
 
 MODEL = ModelConfig(
@@ -41,8 +48,31 @@ EPS = 1e-4
 """Of AdamW: large enough that a step does not blow the rounding of a vanishing gradient up to a whole `LR`, and that
 the weights depend on the gradients' scale, which AdamW otherwise divides out."""
 AUX_COEF = 0.1
+Z_COEF = 0.03
+BIAS_RATE = 0.05
 MAX_NORM = 0.5
 SILENT_EXPERT = 5
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+PLANS = {"tp": (False, False), "sp": (True, False), "tp_ep": (False, True), "sp_ep": (True, True)}
+"""The flags of each plan: sequence_parallel, expert_parallel."""
+
+
+def mesh(plan: str, dp_replicate: int = 1, fsdp: int = 1, tp: int = 1, ep: int | None = None) -> ParallelConfig:
+    """A plan on a mesh.
+
+    Raises:
+        ConfigError: the config does not allow them together.
+    """
+    sequence_parallel, expert_parallel = PLANS[plan]
+    parallel = ParallelConfig(dp_replicate, fsdp, tp, ep, sequence_parallel, expert_parallel)
+    return resolve_parallel(parallel, dp_replicate * fsdp * tp)
+
+
+def describe(parallel: ParallelConfig) -> str:
+    """Plan and mesh in one line."""
+    flags = (parallel.sequence_parallel, parallel.expert_parallel)
+    plan = next(name for name, its in PLANS.items() if its == flags)
+    return f"{plan} dp_replicate={parallel.dp_replicate} fsdp={parallel.fsdp} tp={parallel.tp} ep={parallel.ep}"
 
 
 class Outcome(NamedTuple):
@@ -50,13 +80,14 @@ class Outcome(NamedTuple):
 
     loss: list[float]
     aux_loss: list[float]
+    z_loss: list[float]
     grad_norm: list[float]
     gradients: dict[str, torch.Tensor]
     """Of the first step, before clipping."""
     weights: dict[str, torch.Tensor]
-    """After the last step."""
+    """After the last step, the expert bias with them."""
     expert_counts: torch.Tensor
-    """[sparse layers, num_experts] of the first step."""
+    """[steps, sparse layers, num_experts]."""
 
 
 @dataclass(frozen=True)
@@ -72,8 +103,29 @@ class Case:
     compute: torch.dtype | None = None
     """Of activations, where it differs from `dtype`."""
     steps: int = STEPS
+    aux_coef: float = AUX_COEF
+    z_coef: float = Z_COEF
+    aux_scope: AuxScope = AuxScope.micro_batch
     clear_routing: bool = False
     """Route by a code of the token with wide gaps (`encode`) instead of by `bend`, for narrow types."""
+
+    @classmethod
+    def accumulating(cls, parallel: ParallelConfig, dtype: torch.dtype, model: ModelConfig, **options: Any) -> "Case":
+        """Two micro-batches a step on every rank, of 1, 2 or 4 sequences as the mesh shares the batch out; one of
+        one sequence where there are as many data ranks as sequences."""
+        micro_batch_size = max(1, GLOBAL_BATCH // 2 // (parallel.dp_replicate * parallel.fsdp))
+        return cls(parallel, dtype, model, micro_batch_size=micro_batch_size, **options)
+
+    def loss_fn(self, vocab_group: ProcessGroup | None = None, sequence: SequenceShards | None = None) -> LossFn:
+        """With the case's coefficients."""
+        return LossFn(
+            self.model.num_experts,
+            self.aux_coef,
+            vocab_group,
+            sequence,
+            z_coef=self.z_coef,
+            aux_scope=self.aux_scope,
+        )
 
 
 def batches(model: ModelConfig, seq: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -96,11 +148,11 @@ def bend(model: CausalLM) -> None:
     """Give every embedding a common part that one expert's router rows reject: it gets no token in the first layer.
 
     The rejection is mild: that row's own gradient, which comes from the softmax alone, stays well above rounding.
-    Biases, norms of queries and keys, and the expert bias, which start from a constant, become uneven.
+    Biases, norms and the expert bias, which start from a constant, become uneven.
     """
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         local = local_part(parameter)
-        if name.endswith(("bias", "q_norm.weight", "k_norm.weight")):
+        if name.endswith(("bias", "norm.weight")):
             uneven = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
             local += (0.1 * uneven[local_box(parameter)]).to(local)
         if name == "model.embed_tokens.weight":
@@ -143,8 +195,7 @@ def sharded_model(case: Case) -> tuple[CausalLM, LossFn, Meshes]:
     initialize(model, 0, case.model.initializer_range)
     (encode if case.clear_routing else bend)(model)
     vocab_group = meshes.tp.get_group() if meshes.tp is not None else None
-    sequence = context.sequence
-    return model, LossFn(case.model.num_experts, AUX_COEF, vocab_group, sequence), meshes
+    return model, case.loss_fn(vocab_group, context.sequence), meshes
 
 
 def plain_model(case: Case) -> CausalLM:
@@ -160,7 +211,7 @@ def train_plain(case: Case) -> Outcome:
     return _train(
         case,
         plain_model(case),
-        LossFn(case.model.num_experts, AUX_COEF),
+        case.loss_fn(),
         clip=torch.nn.utils.clip_grad_norm_,
         whole=lambda tensors: {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
     )
@@ -188,35 +239,71 @@ def _train(
     data_rank: int = 0,
     data_size: int = 1,
 ) -> Outcome:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS, foreach=True)
-    outcome = Outcome([], [], [], {}, {}, torch.empty(0))
+    # Fused, because its steps on DTensors cost a test far less than `foreach`, which `test_resume` trains with.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, eps=EPS, fused=True)
+    routers = [module for module in model.modules() if isinstance(module, GroupedSigmoidRouter)]
+    num_sparse = case.model.num_layers - len(case.model.dense_layers)
+    steps: list[Losses] = []
+    norms, gradients = [], {}
     micro = case.micro_batch_size
     for ids, labels in batches(case.model, case.seq)[: case.steps]:
         ids, labels = ids.to(case.device), labels.to(case.device)
         num_tokens = int((labels != -100).sum())
-        num_sparse = case.model.num_layers - len(case.model.dense_layers)
         shares = Losses.zeros(num_sparse, case.model.num_experts, torch.device(case.device))
         for start in range(data_rank * micro, GLOBAL_BATCH, data_size * micro):
             rows = slice(start, start + micro)
             loss, losses = loss_fn(model(ids[rows]), labels[rows], num_tokens)
             loss.backward()
             shares = shares.add(losses)
-        shares = shares.unflatten(total(shares.flatten()).cpu())
-        if not outcome.loss:
+        steps.append(shares.unflatten(total(shares.flatten()).cpu()))
+        if len(steps) == 1:
             gradients = whole({name: parameter.grad for name, parameter in model.named_parameters()})
-            outcome = outcome._replace(expert_counts=shares.expert_counts, gradients=gradients)
-        outcome.loss.append(shares.loss.item())
-        outcome.aux_loss.append(shares.aux_loss.item())
-        outcome.grad_norm.append(clip(model.parameters(), MAX_NORM).item())
+        norms.append(clip(model.parameters(), MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()
-    return outcome._replace(weights=whole(dict(model.named_parameters())))
+        with torch.no_grad():
+            for router, load in zip(routers, steps[-1].expert_counts.to(case.device), strict=bool(routers)):
+                router.expert_bias += BIAS_RATE * torch.sign(load.mean() - load)
+    weights = whole(dict(model.named_parameters()) | dict(model.named_buffers()))
+    scalars = {name: [getattr(step, name).item() for step in steps] for name in ("loss", "aux_loss", "z_loss")}
+    counts = torch.stack([step.expert_counts for step in steps])
+    return Outcome(**scalars, grad_norm=norms, gradients=gradients, weights=weights, expert_counts=counts)
+
+
+@cache
+def _outcome_of_one_process(case: bytes) -> Outcome:
+    return train_plain(pickle.loads(case))
+
+
+def plain_outcome(case: Case) -> Outcome:
+    """What `case` must come to on any mesh; computed once."""
+    return _outcome_of_one_process(pickle.dumps(replace(case, parallel=mesh("tp"))))
+
+
+def train_all(cases: list[Case]) -> list[Outcome | None]:
+    """Each case on this rank; the first rank returns the outcomes."""
+    return [train_parallel(case) for case in cases]
+
+
+def check(cases: list[Case], world: int, timeout: float = 200) -> None:
+    """Each case on `world` ranks gives what one plain process gives.
+
+    One start of the ranks for several meshes: starting them costs as much as a mesh does.
+    """
+    outcomes = run_distributed(train_all, world, cases, timeout=timeout)[0]
+    failures = []
+    for case, outcome in zip(cases, outcomes, strict=True):
+        try:
+            assert_same(outcome, plain_outcome(case), TOLERANCE[case.dtype])
+        except AssertionError as error:
+            failures.append(f"{describe(case.parallel)} in {case.dtype}: {error}")
+    assert not failures, "\n".join(failures)
 
 
 def assert_same(actual: Outcome, expected: Outcome, tolerance: float) -> None:
     """Every figure of the outcome within `tolerance`, exactly zero where the reference is zero, and equal counts."""
     assert torch.equal(actual.expert_counts, expected.expert_counts), "expert counts differ"
-    for name in ("loss", "aux_loss", "grad_norm"):
+    for name in ("loss", "aux_loss", "z_loss", "grad_norm"):
         ours, theirs = getattr(actual, name), getattr(expected, name)
         errors = [abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True)]
         assert max(errors) <= tolerance, f"{name} differs: {ours} instead of {theirs}"

@@ -1,15 +1,13 @@
 """The four plans on every small mesh give the losses, gradients and weights of one plain process."""
 
 from dataclasses import replace
-from functools import cache
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import ParallelConfig
-from moe_trainer.config.validate import resolve_parallel
+from moe_trainer.config.schema import AuxScope, ParallelConfig
 from moe_trainer.kernels.grouped_gemm import grouped_gemm_supported
 from moe_trainer.models.router import Router, Routing
 from moe_trainer.testing.pool import run_distributed
@@ -17,29 +15,23 @@ from tests.distributed.reference import (
     GLOBAL_BATCH,
     MAX_NORM,
     MODEL,
+    PLANS,
     SEQ,
     SILENT_EXPERT,
     STEPS,
+    TOLERANCE,
     Case,
-    Outcome,
     assert_same,
     batches,
+    check,
+    mesh,
+    plain_outcome,
     sharded_model,
-    train_parallel,
     train_plain,
 )
 
-PLANS = {"tp": (False, False), "sp": (True, False), "tp_ep": (False, True), "sp_ep": (True, True)}
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
-
 # More FSDP ranks than experts of a rank: their hidden dim is sharded. Three experts over two ranks: uneven shards.
 MODELS = {8: MODEL, 3: replace(MODEL, num_experts=3), 2: replace(MODEL, num_experts=2, top_k=1)}
-
-
-def mesh(plan: str, dp_replicate: int = 1, fsdp: int = 1, tp: int = 1, ep: int | None = None) -> ParallelConfig:
-    sequence_parallel, expert_parallel = PLANS[plan]
-    parallel = ParallelConfig(dp_replicate, fsdp, tp, ep, sequence_parallel, expert_parallel)
-    return resolve_parallel(parallel, dp_replicate * fsdp * tp)
 
 
 def legal_meshes(plan: str, world: int) -> list[ParallelConfig]:
@@ -59,41 +51,28 @@ def legal_meshes(plan: str, world: int) -> list[ParallelConfig]:
 
 
 def case(parallel: ParallelConfig, dtype: torch.dtype, num_experts: int = MODEL.num_experts) -> Case:
-    """Two micro-batches a step on every rank, of 1, 2 or 4 sequences as the mesh shares the batch out."""
-    data_size = parallel.dp_replicate * parallel.fsdp
-    return Case(parallel, dtype, MODELS[num_experts], micro_batch_size=GLOBAL_BATCH // 2 // data_size)
-
-
-def describe(parallel: ParallelConfig) -> str:
-    return f"dp_replicate={parallel.dp_replicate} fsdp={parallel.fsdp} tp={parallel.tp} ep={parallel.ep}"
-
-
-@cache
-def plain_outcome(dtype: torch.dtype, micro_batch_size: int, num_experts: int) -> Outcome:
-    return train_plain(Case(mesh("tp"), dtype, MODELS[num_experts], micro_batch_size=micro_batch_size))
-
-
-def train_all(cases: list[Case]) -> list[Outcome | None]:
-    return [train_parallel(one) for one in cases]
-
-
-def check(cases: list[Case], world: int) -> None:
-    """One start of the ranks for several meshes: starting them costs as much as a mesh does."""
-    outcomes = run_distributed(train_all, world, cases, timeout=200)[0]
-    failures = []
-    for one, outcome in zip(cases, outcomes, strict=True):
-        plain = plain_outcome(one.dtype, one.micro_batch_size, one.model.num_experts)
-        try:
-            assert_same(outcome, plain, TOLERANCE[one.dtype])
-        except AssertionError as error:
-            failures.append(f"{describe(one.parallel)}: {error}")
-    assert not failures, "\n".join(failures)
+    return Case.accumulating(parallel, dtype, MODELS[num_experts])
 
 
 @pytest.mark.parametrize("world", (2, 4))
 @pytest.mark.parametrize("plan", PLANS)
 def test_every_mesh_in_float64(plan: str, world: int) -> None:
     check([case(parallel, torch.float64) for parallel in legal_meshes(plan, world)], world)
+
+
+def test_balance_of_each_sequence_in_float64() -> None:
+    meshes = [mesh("sp_ep", tp=2), mesh("sp_ep", fsdp=2, ep=2), mesh("tp", dp_replicate=2)]
+    check([replace(case(parallel, torch.float64), aux_scope=AuxScope.sequence) for parallel in meshes], 2)
+
+
+def test_balance_of_each_sequence_does_not_depend_on_the_micro_batches() -> None:
+    for scope, is_same in ((AuxScope.sequence, True), (AuxScope.micro_batch, False)):
+        first, second = (
+            plain_outcome(Case(mesh("tp"), torch.float64, micro_batch_size=size, aux_scope=scope)) for size in (1, 4)
+        )
+        assert (first.aux_loss == pytest.approx(second.aux_loss, rel=1e-9)) is is_same
+        if is_same:
+            assert_same(first, second, TOLERANCE[torch.float64])
 
 
 EIGHT_RANKS = [
@@ -175,8 +154,8 @@ def test_float32_reference_runs_grouped_gemm_and_has_no_ties(monkeypatch: pytest
 
 def test_the_reference_is_uneven() -> None:
     """What makes the comparison hard: checked, not hoped for."""
-    outcome = plain_outcome(torch.float64, 1, MODEL.num_experts)
-    counts = outcome.expert_counts  # [layers, num_experts]
+    outcome = plain_outcome(Case(mesh("tp"), torch.float64))
+    counts = outcome.expert_counts[0]  # [layers, num_experts]
     assert (counts.amax(1) > 2 * counts.mean(1)).all()
     assert counts[0, SILENT_EXPERT] == 0
     for name in ("gate_up_proj", "down_proj"):  # no token at all, not even one without a label

@@ -75,14 +75,20 @@ def test_every_familys_plans_resolve(name: str, family: Family) -> None:
         ("layers.3.mlp", "exact"),
         ("layers.4.mlp", "one star"),
         ("layers.4.mlp.gate", "two stars"),
+        ("layers.4.mlp.experts", "narrower"),
         ("layers.4.mlp.gate.weight", None),  # a star is one part of a name
         ("layers.4", None),
         ("xlayers.4.mlp", None),
         ("layersx4.mlp", None),  # a dot is a dot
     ],
 )
-def test_exact_goes_before_patterns(name: str, style: str | None) -> None:
-    plan = {"layers.*.mlp": "one star", "layers.*.mlp.*": "two stars", "layers.3.mlp": "exact"}
+def test_the_narrowest_goes_first(name: str, style: str | None) -> None:
+    plan = {
+        "layers.*.mlp": "one star",
+        "layers.*.mlp.*": "two stars",
+        "layers.*.mlp.experts": "narrower",
+        "layers.3.mlp": "exact",
+    }
     assert rule_for(name, plan) == style
     assert rule_for(name, dict(reversed(plan.items()))) == style
 
@@ -90,6 +96,53 @@ def test_exact_goes_before_patterns(name: str, style: str | None) -> None:
 def test_a_pattern_that_matches_nothing() -> None:
     with pytest.raises(ConfigError, match=r"model.layers.\*.mlp.router matches no module"):
         resolve_plan(tiny(), PLANS.tp | {"model.layers.*.mlp.router": "ep_router"})
+
+
+PROJECTION = "model.layers.*.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (  # neither pattern is narrower
+            {"model.*.0.self_attn.q_proj": "rowwise"},
+            f"two rules claim model.layers.0.self_attn.q_proj: {PROJECTION}: colwise and "
+            "model.*.0.self_attn.q_proj: rowwise",
+        ),
+        (
+            {"model.layers.*.mlp.*.down_proj": "moe_tp_down_rowwise", "model.layers.*.*.experts.down_proj": "x"},
+            "two rules claim model.layers.0.mlp.experts.down_proj: "
+            "model.layers.*.mlp.*.down_proj: moe_tp_down_rowwise and model.layers.*.*.experts.down_proj: x",
+        ),
+        (  # a leaf's style places its weight, and so does the weight's own
+            {f"{PROJECTION}.weight": "moe_tp_down_rowwise"},
+            f"two rules claim model.layers.0.self_attn.q_proj.weight: {PROJECTION}: colwise and "
+            f"{PROJECTION}.weight: moe_tp_down_rowwise",
+        ),
+        (
+            {"lm_head": "grouped_gemm"},
+            "lm_head names style grouped_gemm, which is for weights of experts, for lm_head",
+        ),
+        (
+            {"lm_head.weight": "colwise", "lm_head": "replicate_input"},
+            "lm_head.weight names style colwise, which is for modules, for lm_head.weight",
+        ),
+        (
+            {"model.layers.*.self_attn": "rowwise"},
+            "model.layers.*.self_attn names style rowwise, but model.layers.0.self_attn has no weight",
+        ),
+    ],
+)
+def test_a_parameter_that_two_rules_claim_and_other_misfits(change: dict[str, str], message: str) -> None:
+    plan = PLANS.tp | change
+    if any(style == "x" for style in change.values()):
+        del plan["model.layers.*.mlp.experts.down_proj"]
+    for order in (plan, dict(reversed(plan.items()))):
+        with pytest.raises(ConfigError) as caught:
+            resolve_plan(tiny(), order)
+        first, _, rest = message.partition(": ")
+        assert str(caught.value).startswith(f"parallel plan: {first}")
+        assert all(part in str(caught.value) for part in rest.split(" and "))
 
 
 def meshes(tp: int | None, ep: int | None) -> SimpleNamespace:
@@ -101,6 +154,14 @@ def test_verify_names_a_weight_that_stayed_whole() -> None:
     rules = resolve_plan(model, PLANS.tp)
     with pytest.raises(ConfigError, match="the rule for model.embed_tokens left model.embed_tokens.weight whole"):
         verify_plan(model, rules, meshes(2, None))
+
+
+def test_verify_names_an_expert_weight_that_stayed_whole() -> None:
+    model = tiny()
+    name = "model.layers.1.mlp.experts.down_proj"
+    for style, sizes in (("moe_tp_down_rowwise", (2, None)), ("grouped_gemm", (None, 2))):
+        with pytest.raises(ConfigError, match=f"the rule for {name} left {name} whole on every rank"):
+            verify_plan(model, {name: STYLES[style]}, meshes(*sizes))
 
 
 def test_verify_wants_a_rule_for_every_expert_weight() -> None:
