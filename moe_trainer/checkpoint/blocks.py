@@ -6,9 +6,8 @@ and only the wanted rows are copied, so an export needs no more than the tensor 
 
 import math
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
@@ -25,25 +24,30 @@ _BUFFER_BYTES = 8 << 20
 
 
 class StoredBlocks:
-    """The tensors of a folder that `save_tensors` wrote. Several threads may read.
+    """The named tensors of a folder that `save_tensors` wrote. Several threads may read."""
 
-    Raises:
-        ConfigError: as `read_metadata`.
-    """
+    def __init__(self, folder: Path, names: Iterable[str]) -> None:
+        """Find where everything lies: here, because fake tensors are not for several threads.
 
-    def __init__(self, folder: Path) -> None:
+        Raises:
+            ConfigError: as `read_metadata`; or a file that is missing or damaged.
+        """
         self._folder = folder
         self._metadata = read_metadata(folder)
         self._maps: dict[str, mmap.mmap] = {}
         self._chunks: dict[MetadataIndex, np.ndarray] = {}
-        self._lock = Lock()
+        for name in names:
+            entry = self._metadata.state_dict_metadata[name]
+            for chunk in entry.chunks:
+                index = MetadataIndex(name, chunk.offsets)
+                path = folder / self._metadata.storage_data[index].relative_path
+                try:
+                    self._chunks[index] = self._locate(index, chunk.sizes, entry.properties.dtype)
+                except Exception as error:  # a damaged file raises almost anything
+                    raise ConfigError(f"{path} cannot be read: {error}") from error
 
     def read(self, name: str, box: Box, out: torch.Tensor) -> None:
-        """Copy one block of a tensor into `out`, of the block's shape, casting to its dtype.
-
-        Raises:
-            ConfigError: a file that is missing or damaged.
-        """
+        """Copy one block of a tensor into `out`, of the block's shape, casting to its dtype."""
         entry = self._metadata.state_dict_metadata[name]
         for chunk in entry.chunks:
             starts = [max(part.start, offset) for part, offset in zip(box, chunk.offsets, strict=True)]
@@ -51,24 +55,15 @@ class StoredBlocks:
             stops = [min(part.stop, offset + size) for part, offset, size in ends]
             if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
                 continue
-            stored = self._open(MetadataIndex(name, chunk.offsets), chunk.sizes, entry.properties.dtype)
-            source = stored[_shifted(starts, stops, chunk.offsets)]
+            source = self._chunks[MetadataIndex(name, chunk.offsets)][_shifted(starts, stops, chunk.offsets)]
             place = out[_shifted(starts, stops, [part.start for part in box])]
             _copy(source, entry.properties.dtype, place)
 
-    def _open(self, index: MetadataIndex, sizes: torch.Size, dtype: torch.dtype) -> np.ndarray:
-        """What one rank saved of a tensor, still in the file, as integers of the dtype's width."""
-        with self._lock:
-            if index not in self._chunks:
-                path = self._folder / self._metadata.storage_data[index].relative_path
-                try:
-                    self._chunks[index] = self._locate(index, sizes, dtype)
-                except Exception as error:  # a damaged file raises almost anything
-                    raise ConfigError(f"{path} cannot be read: {error}") from error
-            return self._chunks[index]
-
     def _locate(self, index: MetadataIndex, sizes: torch.Size, dtype: torch.dtype) -> np.ndarray:
-        """DCP writes one after the other what `torch.save` makes of each tensor."""
+        """What one rank saved of a tensor, still in the file, as integers of the dtype's width.
+
+        DCP writes one after the other what `torch.save` makes of each tensor.
+        """
         info = self._metadata.storage_data[index]
         path = self._folder / info.relative_path
         with path.open("rb") as file:

@@ -67,7 +67,8 @@ def export_checkpoint(
         },
     }
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in documents.items()}
-    tensors = [*_hub_tensors(key_map, stored, target, StoredBlocks(checkpoint / TENSORS)), *_unread(unread, target)]
+    blocks = StoredBlocks(checkpoint / TENSORS, (_PREFIX + name for name in names))
+    tensors = [*_hub_tensors(key_map, stored, target, blocks), *_unread(unread, target)]
     write_hf(out, tensors, texts | {"tokenizer.json": tokenizer}, max_shard_bytes, workers)
 
 

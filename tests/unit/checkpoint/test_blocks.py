@@ -26,7 +26,7 @@ def test_any_block_of_any_layout(tmp_path: Path, dtype: torch.dtype) -> None:
         "part of another": torch.randn(9, 8, dtype=dtype)[2:7, 1:6],
     }
     save_tensors(tmp_path, tensors)
-    stored = StoredBlocks(tmp_path)
+    stored = StoredBlocks(tmp_path, tensors)
     for name, tensor in tensors.items():
         for box in (whole(tensor), tuple(slice(1, size - 1 or 1) for size in tensor.shape)):
             out = torch.full_like(tensor[box], torch.nan)
@@ -42,7 +42,7 @@ def test_no_more_than_a_buffer_is_in_memory(tmp_path: Path, monkeypatch: pytest.
     tensor = torch.randn(4, 2, 256, 128)  # 1 MiB
     save_tensors(tmp_path, {"p": tensor})
     monkeypatch.setattr(blocks, "_BUFFER_BYTES", 1 << 14)
-    stored = StoredBlocks(tmp_path)
+    stored = StoredBlocks(tmp_path, ["p"])
     stored.read("p", (slice(0, 1), slice(0, 1), slice(0, 1), slice(0, 1)), torch.empty(1, 1, 1, 1))
     out = torch.empty(256, 128, dtype=torch.bfloat16)
     tracemalloc.start()
@@ -60,7 +60,7 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     for damage in (content[: len(content) // 2], b"", b"\0" * len(content)):
         path.write_bytes(damage)
         with pytest.raises(ConfigError, match=rf"{path.name} cannot be read"):
-            StoredBlocks(tmp_path).read("p", (slice(0, 300), slice(0, 4)), torch.empty(300, 4))
+            StoredBlocks(tmp_path, ["p"])
     path.unlink()
     with pytest.raises(ConfigError, match=rf"{path.name} cannot be read"):
-        StoredBlocks(tmp_path).read("p", (slice(0, 300), slice(0, 4)), torch.empty(300, 4))
+        StoredBlocks(tmp_path, ["p"])
