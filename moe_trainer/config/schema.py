@@ -50,6 +50,14 @@ class AuxScope(Enum):
     sequence = "sequence"
 
 
+class Dispatch(Enum):
+    """How tokens reach experts on other ranks under sequence and expert parallelism."""
+
+    auto = "auto"
+    all_to_all = "all_to_all"
+    all_gather = "all_gather"
+
+
 class ScheduleName(Enum):
     """Shape of the learning rate after the warm-up."""
 
@@ -194,6 +202,8 @@ class ParallelConfig:
     """EP: whole experts on each rank of `ep`."""
     plan: dict[str, str] | None = None
     """Own plan, pattern -> style, in place of the model's."""
+    dispatch: Dispatch = Dispatch.auto
+    """`all_to_all`, `all_gather` or, where that moves fewer rows (`ep` <= `model.top_k`), the latter by `auto`."""
 
 
 @dataclass(slots=True)

@@ -34,19 +34,19 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(rows, weight, offsets)
-        return _multiply(rows, weight.transpose(-2, -1), offsets)
+        return multiply(rows, weight.transpose(-2, -1), offsets)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         rows, weight, offsets = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_rows = _multiply(grad, weight, offsets) if ctx.needs_input_grad[0] else None
-        grad_weight = _outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
+        grad_rows = multiply(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+        grad_weight = outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_weight, None
 
 
-def _multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """[rows, a] x [num_experts, a, b] -> [rows, b]."""
+def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """[rows, a] x [num_experts, a, b] -> [rows, b], without autograd."""
     if grouped_gemm_supported(rows.dtype, *weight.shape[1:]) and len(rows):
         return F.grouped_mm(rows, weight, offs=offsets)
     out = rows.new_zeros(len(rows), weight.shape[2])
@@ -57,8 +57,8 @@ def _multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -
     return out
 
 
-def _outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """[rows, a] and [rows, b] -> [num_experts, a, b], summed over each expert's rows."""
+def outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """[rows, a] and [rows, b] -> [num_experts, a, b], summed over each expert's rows, without autograd."""
     if grouped_gemm_supported(left.dtype, left.shape[1], right.shape[1]) and len(left):
         return F.grouped_mm(left.transpose(0, 1), right, offs=offsets)
     out = left.new_zeros(len(offsets), left.shape[1], right.shape[1])

@@ -1,26 +1,31 @@
-"""From tokens to rows sorted by expert, and back as a weighted sum.
+"""From tokens to rows sorted by expert, and back as a sum.
 
 A *pair* is one (token, chosen expert); pair `p` belongs to token `p // top_k`. Both directions are gathers, forward
 and backward, through the sort and its inverse: no scatter-add, so no order of execution can change the result.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch.autograd.function import FunctionCtx
+
+from moe_trainer.kernels.backend import has_kernel
 
 
 class Routes(NamedTuple):
     """The sort of the pairs by expert."""
 
     order: torch.Tensor
-    """[pairs] the pair at each row."""
+    """[rows] the pair at each row; all pairs, or without those whose expert is elsewhere."""
     inverse: torch.Tensor
-    """[pairs] the row of each pair."""
+    """[pairs] the row of each pair; at or past `offsets[-1]` where its expert is elsewhere."""
     offsets: torch.Tensor
     """[num_experts] int32, the end of each expert's rows."""
     top_k: int
     """Pairs of each token."""
+
+    def trimmed(self) -> "Routes":
+        """Without the rows of no expert; their number is read on the host."""
+        return self._replace(order=self.order[: int(self.offsets[-1])])
 
 
 def tokens_per_expert(index: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -36,66 +41,72 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Routes:
     Args:
         top_k_index: [tokens, top_k]; `num_experts` stands for an expert that is not here, whose pairs come last.
     """
-    experts = top_k_index.flatten()
-    order = experts.argsort(stable=True)
+    # Narrow keys: a radix sort passes over them a byte at a time.
+    experts, order = top_k_index.flatten().short().sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    offsets = tokens_per_expert(experts, num_experts).cumsum(0).int()
+    numbers = torch.arange(num_experts, device=order.device, dtype=experts.dtype)
+    offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     return Routes(order, inverse, offsets, top_k_index.shape[1])
 
 
 def permute(tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """[tokens, hidden] -> [pairs, hidden], a copy of its token for each pair, sorted by expert."""
+    """[tokens, width] -> [rows, width], a copy of its token for each row; backward sums a token's rows."""
     return _Permute.apply(tokens, routes)
 
 
-def unpermute(rows: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """[pairs, hidden] in sorted order -> [tokens, hidden], each token's rows summed with weights [tokens, top_k].
+def combine(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """[rows, width] -> [tokens, width], the sum of each token's rows; backward copies."""
+    return _Combine.apply(rows, routes)
 
-    The products and the sum are in the weights' precision (float32 at least).
+
+def gather_rows(tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """[tokens, width] -> [rows, width], without autograd."""
+    if has_kernel(tokens) and tokens.shape[1] >= _NARROW:
+        from moe_trainer.kernels.gpu import rows as gpu
+
+        return gpu.gather(tokens, routes.order, routes.top_k)
+    return tokens[routes.order // routes.top_k]
+
+
+def sum_pairs(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """[rows, width] -> [tokens, width], summed in float32 at least, without autograd.
+
+    Rows of no expert hold whatever the memory held, so they are selected away, not multiplied by zero.
     """
-    return _Unpermute.apply(rows, top_k_weights, routes)
+    if has_kernel(rows) and rows.shape[1] >= _NARROW:
+        from moe_trainer.kernels.gpu import rows as gpu
 
-
-def unsort(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """[pairs, hidden] in sorted order -> in the order of the pairs."""
-    return _Permute.apply(rows, Routes(routes.inverse, routes.order, routes.offsets, 1))
-
-
-def _pairs(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """[pairs, hidden] sorted -> [tokens, top_k, hidden]; zero where the pair's expert is not here.
-
-    Rows without an expert hold whatever the memory held, so they are selected away, not multiplied by zero.
-    """
+        return gpu.sum_pairs(rows, routes.inverse, routes.offsets[-1:], routes.top_k)
+    if not len(rows):
+        return rows.new_zeros(len(routes.inverse) // routes.top_k, rows.shape[1])
     here = (routes.inverse < routes.offsets[-1]).unsqueeze(-1)
-    pairs = torch.where(here, rows[routes.inverse], rows.new_zeros(()))
-    return pairs.unflatten(0, (-1, routes.top_k))
+    pairs = torch.where(here, rows[routes.inverse.clamp(max=len(rows) - 1)], rows.new_zeros(()))
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return pairs.unflatten(0, (-1, routes.top_k)).sum(1, dtype=wide).to(rows.dtype)
+
+
+_NARROW = 64
+"""Below this width a row is no work for a program of its own."""
 
 
 class _Permute(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
+    def forward(ctx: Any, tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
         ctx.routes = routes
-        return tokens[routes.order // routes.top_k]
+        return gather_rows(tokens, routes)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        return _pairs(grad, ctx.routes).sum(1, dtype=dtype).to(grad.dtype), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return sum_pairs(grad.contiguous(), ctx.routes), None
 
 
-class _Unpermute(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:
+    def forward(ctx: Any, rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         ctx.routes = routes
-        ctx.save_for_backward(rows, top_k_weights)
-        return (_pairs(rows, routes) * top_k_weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+        return sum_pairs(rows, routes)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None]:
-        rows, weights = ctx.saved_tensors
-        routes: Routes = ctx.routes
-        sorted_weights = weights.flatten()[routes.order].unsqueeze(-1)
-        grad_rows = (grad[routes.order // routes.top_k] * sorted_weights).to(rows.dtype)
-        grad_weights = (_pairs(rows, routes) * grad.unsqueeze(1).to(weights.dtype)).sum(-1)
-        return grad_rows, grad_weights, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gather_rows(grad.contiguous(), ctx.routes), None

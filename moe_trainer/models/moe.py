@@ -1,11 +1,11 @@
 """The sparse feed-forward layer: a router chooses `top_k` of `num_experts` experts for each token."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from moe_trainer.kernels.experts import swiglu_experts
 from moe_trainer.kernels.grouped_gemm import grouped_linear
-from moe_trainer.kernels.permute import permute, sort_by_expert, unpermute
+from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
 from moe_trainer.models.router import Router, Routing
 
 
@@ -23,10 +23,15 @@ class Experts(nn.Module):
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        return self.compute(x, top_k_index, top_k_weights, **dict(self.named_parameters(recurse=False)))
+        return self.compute(x, top_k_index, top_k_weights, dict(self.named_parameters(recurse=False)))
 
     def compute(
-        self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor, **weights: torch.Tensor
+        self,
+        x: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+        trim: bool = False,
     ) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden], the weighted sum over each token's experts among those given.
 
@@ -35,20 +40,24 @@ class Experts(nn.Module):
             top_k_index: [tokens, top_k] into the given weights; their number stands for an expert that is elsewhere.
             top_k_weights: [tokens, top_k].
             weights: the experts' parameters by name, of all experts or of those of this rank.
+            trim: hold no memory for pairs whose expert is elsewhere, for one read on the host.
         """
         routes = sort_by_expert(top_k_index, len(weights["down_proj"]))
-        rows = self.compute_rows(permute(x, routes), routes.offsets, **weights)
-        return unpermute(rows, top_k_weights, routes)
+        return self.compute_routes(x, routes.trimmed() if trim else routes, top_k_weights, **weights)
 
-    def compute_rows(
-        self, rows: torch.Tensor, offsets: torch.Tensor, gate_up_proj: torch.Tensor, down_proj: torch.Tensor
+    def compute_routes(
+        self,
+        x: torch.Tensor,
+        routes: Routes,
+        top_k_weights: torch.Tensor,
+        gate_up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
     ) -> torch.Tensor:
-        """[rows, hidden] sorted by expert, ends at `offsets` [num_local_experts] -> [rows, hidden]."""
-        gate, up = self.product(rows, "gate_up_proj", gate_up_proj, offsets).chunk(2, dim=-1)
-        return self.product(F.silu(gate) * up, "down_proj", down_proj, offsets)
+        """As `compute`, with the pairs sorted."""
+        return swiglu_experts(x, top_k_weights, routes, gate_up_proj, down_proj, self.product)
 
     def product(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        """Sorted rows [rows, in] times the weight of this name, gate above up: [rows, out]."""
+        """Sorted rows [rows, in] times the weight of this name, gate before up: [rows, out]."""
         return grouped_linear(rows, weight.flatten(1, -2), offsets)
 
 
@@ -64,21 +73,26 @@ class ClampedExperts(Experts):
         self.gate_up_bias = nn.Parameter(torch.empty(num_experts, 2, intermediate_size))
         self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
 
-    def compute_rows(
+    def compute_routes(
         self,
-        rows: torch.Tensor,
-        offsets: torch.Tensor,
+        x: torch.Tensor,
+        routes: Routes,
+        top_k_weights: torch.Tensor,
         gate_up_proj: torch.Tensor,
         down_proj: torch.Tensor,
         gate_up_bias: torch.Tensor,
         down_bias: torch.Tensor,
     ) -> torch.Tensor:
-        experts = torch.bucketize(torch.arange(len(rows), device=rows.device), offsets, right=True)
-        gate_up = self.product(rows, "gate_up_proj", gate_up_proj, offsets)
+        """As `compute`, with the pairs sorted."""
+        rows = permute(x, routes)
+        experts = torch.bucketize(torch.arange(len(rows), device=rows.device), routes.offsets, right=True)
+        gate_up = self.product(rows, "gate_up_proj", gate_up_proj, routes.offsets)
         gate, up = (gate_up + _of_rows(gate_up_bias.flatten(1), experts)).chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         activated = (up + 1) * gate * torch.sigmoid(gate * self.alpha)
-        return self.product(activated, "down_proj", down_proj, offsets) + _of_rows(down_bias, experts)
+        out = self.product(activated, "down_proj", down_proj, routes.offsets) + _of_rows(down_bias, experts)
+        weights = permute(top_k_weights.view(-1, 1), routes._replace(top_k=1))  # [rows, 1]
+        return combine((out * weights).to(x.dtype), routes)
 
 
 def _of_rows(bias: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from moe_trainer.config.schema import ModelConfig, ParallelConfig
+from moe_trainer.config.schema import Dispatch, ModelConfig, ParallelConfig
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.plans import Plan
 from moe_trainer.models.registry import FAMILIES
@@ -32,13 +32,17 @@ def build_model(
         model = family.build(cfg).to(dtype)
     plan = select_parallel_plan(parallel, family.plans, cfg.family)
     optional = family.plans.optional if parallel.plan is None else frozenset()
-    context = apply_plan(model, plan, meshes, optional)
+    context = apply_plan(model, plan, meshes, optional, parallel.dispatch)
     model.tie()
     return model, context
 
 
 def apply_plan(
-    model: nn.Module, plan: Plan, meshes: Meshes, optional: frozenset[str] = frozenset()
+    model: nn.Module,
+    plan: Plan,
+    meshes: Meshes,
+    optional: frozenset[str] = frozenset(),
+    dispatch: Dispatch = Dispatch.auto,
 ) -> ParallelContext:
     """Split a model on the meta device: its parameters first, then the forward functions.
 
@@ -48,7 +52,7 @@ def apply_plan(
     Raises:
         ConfigError: the plan does not fit the model.
     """
-    context = ParallelContext(meshes)
+    context = ParallelContext(meshes, dispatch)
     rules = resolve_plan(model, plan, optional)
     axes = {"tp": meshes.tp, "ep": meshes.ep}
     active = {name: style for name, style in rules.items() if axes[style.axis] is not None}

@@ -1,57 +1,81 @@
-"""Tokens to the ranks that hold their experts, and back (GShard, Lepikhin et al., 2020; here without a capacity)."""
+"""Tokens to the ranks that hold their experts, and back (GShard, Lepikhin et al., 2020; here without a capacity).
 
-from dataclasses import dataclass
+Two ways. *All-to-all* sends each (token, expert) pair to its expert's rank: `top_k` rows a token, whatever the number
+of ranks. *All-gather* sends every token to every rank, which picks its own pairs, and a reduce-scatter sums what they
+give: `ranks - 1` rows a token, so it moves less where there are fewer ranks than choices.
+"""
+
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from moe_trainer.kernels.permute import Routes, permute, sort_by_expert, unpermute, unsort
-from moe_trainer.parallel.collectives import all_to_all
+from moe_trainer.kernels.permute import combine, permute, sort_by_expert
+from moe_trainer.parallel.collectives import all_gather, all_to_all, reduce_scatter
+
+Compute = Callable[..., torch.Tensor]
+"""(x [tokens, hidden], top_k_index into the rank's experts, top_k_weights, trim) -> [tokens, hidden]."""
 
 
-@dataclass(frozen=True, slots=True)
-class Dispatched:
-    """Rows that this rank's experts are to compute, and the way back."""
+def local_index(top_k_index: torch.Tensor, num_experts: int, group: ProcessGroup) -> torch.Tensor:
+    """Global expert numbers -> this rank's own, their number for experts of other ranks.
 
-    rows: torch.Tensor
-    """[received pairs, hidden], sorted by local expert."""
-    offsets: torch.Tensor
-    """[num_local_experts] int32, the end of each expert's rows."""
-    _sent: Routes
-    _received: Routes
-    _sent_sizes: list[int]
-    _received_sizes: list[int]
-    _group: ProcessGroup
-
-    def combine(self, rows: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        """The experts' outputs, in the order of `rows` -> this rank's [tokens, hidden], weighted and summed."""
-        rows = unsort(rows, self._received)
-        rows = all_to_all(rows, self._sent_sizes, self._received_sizes, self._group)
-        return unpermute(rows, top_k_weights, self._sent)
+    Experts are dealt in blocks: rank r holds experts `r * num_experts / ranks` and on.
+    """
+    num_local_experts = num_experts // group.size()
+    index = top_k_index - group.rank() * num_local_experts
+    elsewhere = (index < 0) | (index >= num_local_experts)
+    return index.masked_fill(elsewhere, num_local_experts)
 
 
-def dispatch(x: torch.Tensor, top_k_index: torch.Tensor, num_experts: int, group: ProcessGroup) -> Dispatched:
-    """Send each (token, expert) pair to the rank of `group` that holds the expert.
-
-    Experts are dealt in blocks: rank r holds experts `r * num_experts / ranks` and on, so pairs sorted by expert are
-    sorted by rank. The split sizes are read on the host, once; nothing else waits.
+def gathered_experts(
+    compute: Compute,
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    num_experts: int,
+    sizes: list[int],
+    group: ProcessGroup,
+) -> torch.Tensor:
+    """All-gather, the rank's own experts, reduce-scatter; backward is the same in reverse.
 
     Args:
         x: [tokens, hidden] of this rank; no tokens are fine.
         top_k_index: [tokens, top_k], global expert numbers.
+        top_k_weights: [tokens, top_k].
+        sizes: tokens of each rank.
+    """
+    x, top_k_index, top_k_weights = (all_gather(t, 0, sizes, group) for t in (x, top_k_index, top_k_weights))
+    out = compute(x, local_index(top_k_index, num_experts, group), top_k_weights, trim=torch.is_grad_enabled())
+    return reduce_scatter(out, 0, sizes, group)
+
+
+def exchanged_experts(
+    compute: Compute,
+    x: torch.Tensor,
+    top_k_index: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    num_experts: int,
+    group: ProcessGroup,
+) -> torch.Tensor:
+    """Two all-to-alls around the experts; backward makes two. Arguments as `gathered_experts`.
+
+    Pairs sorted by expert are sorted by rank. The split sizes are read on the host, once; nothing else waits.
     """
     ranks = group.size()
     local_experts = num_experts // ranks
-    sent = sort_by_expert(top_k_index, num_experts)
-    sent_counts = sent.offsets.diff(prepend=sent.offsets.new_zeros(1))
+    routes = sort_by_expert(top_k_index, num_experts)
+    sent_counts = routes.offsets.diff(prepend=routes.offsets.new_zeros(1))
     received_counts = torch.empty_like(sent_counts)  # [ranks * num_local_experts], by sender
     dist.all_to_all_single(received_counts, sent_counts, group=group)
     counts = torch.stack((sent_counts, received_counts)).view(2, ranks, local_experts)
     sent_sizes, received_sizes = counts.sum(-1).tolist()
 
-    rows = all_to_all(permute(x, sent), received_sizes, sent_sizes, group)
+    rows = all_to_all(permute(x, routes), received_sizes, sent_sizes, group)
+    weights = permute(top_k_weights.reshape(-1, 1), routes._replace(top_k=1))
+    weights = all_to_all(weights, received_sizes, sent_sizes, group)
     experts = torch.arange(local_experts, device=x.device).repeat(ranks)
     experts = experts.repeat_interleave(received_counts, output_size=sum(received_sizes))
-    received = sort_by_expert(experts.unsqueeze(1), local_experts)
-    return Dispatched(permute(rows, received), received.offsets, sent, received, sent_sizes, received_sizes, group)
+    out = compute(rows, experts.unsqueeze(1), weights)
+    return combine(all_to_all(out, sent_sizes, received_sizes, group), routes)

@@ -7,6 +7,7 @@ forward and backward are local; the DTensors say only where parameters live and 
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
+from moe_trainer.config.schema import Dispatch
 from moe_trainer.models.linear import Embedding, Linear
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.router import Routing
 from moe_trainer.parallel.collectives import all_gather, all_reduce, copy_to_group, gather_replicated, reduce_scatter
-from moe_trainer.parallel.dispatch import dispatch
+from moe_trainer.parallel.dispatch import exchanged_experts, gathered_experts, local_index
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.sequence import SequenceShards
 
@@ -27,7 +29,8 @@ from moe_trainer.parallel.sequence import SequenceShards
 class ParallelContext:
     """What the styles of one model share: the groups along the axes and the current split of the sequence."""
 
-    def __init__(self, meshes: Meshes) -> None:
+    def __init__(self, meshes: Meshes, dispatch: Dispatch = Dispatch.auto) -> None:
+        self.dispatch = dispatch
         # Kept, because slicing a mesh anew at each use costs more than the small collectives do.
         axes = {"tp": meshes.tp, "ep": meshes.ep}
         self._groups = {axis: mesh.get_group() for axis, mesh in axes.items() if mesh is not None}
@@ -37,6 +40,20 @@ class ParallelContext:
     def group(self, axis: str) -> ProcessGroup:
         """The ranks along `tp` or `ep`, where that axis is longer than one rank."""
         return self._groups[axis]
+
+    def gathers_tokens(self, top_k: int) -> bool:
+        """Whether tokens meet their experts by all-gather, which `auto` takes where it moves fewer rows: it sends
+        `ranks - 1` a token, all-to-all `top_k * (ranks - 1) / ranks`."""
+        if self.dispatch is Dispatch.auto:
+            return self.group("ep").size() <= top_k
+        return self.dispatch is Dispatch.all_gather
+
+    def tokens_of_expert_ranks(self, tokens: int) -> list[int]:
+        """Tokens of each rank of `ep`: every data rank has a batch of the same shape, split along `tp` alike."""
+        if self.sequence is None:
+            return [tokens] * self.group("ep").size()
+        sizes = self.sequence.token_sizes
+        return [sizes[rank % len(sizes)] for rank in range(self.group("ep").size())]
 
 
 Transform = Callable[[torch.Tensor, ParallelContext], torch.Tensor]
@@ -233,7 +250,7 @@ def _moe_tp_experts(module: Experts, context: ParallelContext) -> Callable[..., 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         x, top_k_weights = copy_to_group(x, group), copy_to_group(top_k_weights, group)
         weights = _split_expert_weights(module, group)
-        return all_reduce(module.compute(x, top_k_index, top_k_weights, **weights), group)
+        return all_reduce(module.compute(x, top_k_index, top_k_weights, weights), group)
 
     return forward
 
@@ -245,7 +262,7 @@ def _moe_tp_experts_gather(module: Experts, context: ParallelContext) -> Callabl
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         sizes = context.sequence.token_sizes
         x, top_k_index, top_k_weights = (all_gather(t, 0, sizes, group) for t in (x, top_k_index, top_k_weights))
-        out = module.compute(x, top_k_index, top_k_weights, **_split_expert_weights(module, group))
+        out = module.compute(x, top_k_index, top_k_weights, _split_expert_weights(module, group))
         return reduce_scatter(out, 0, sizes, group)
 
     return forward
@@ -269,24 +286,23 @@ def _moe_experts_allreduce(module: Experts, context: ParallelContext) -> Callabl
     group = context.group("ep")
 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        weights = _expert_weights(module)
-        num_local_experts = module.num_experts // group.size()
-        local_index = top_k_index - group.rank() * num_local_experts
-        elsewhere = (local_index < 0) | (local_index >= num_local_experts)
-        local_index = local_index.masked_fill(elsewhere, num_local_experts)
-        return all_reduce(module.compute(copy_to_group(x, group), local_index, top_k_weights, **weights), group)
+        index = local_index(top_k_index, module.num_experts, group)
+        x, trim = copy_to_group(x, group), torch.is_grad_enabled()
+        return all_reduce(module.compute(x, index, top_k_weights, _expert_weights(module), trim), group)
 
     return forward
 
 
 def _moe_dispatch(module: Experts, context: ParallelContext) -> Callable[..., torch.Tensor]:
-    """All-to-all of each rank's own tokens to their experts and back; backward is the same in reverse."""
+    """Each rank's own tokens to their experts and back, by the dispatch that moves less."""
     group = context.group("ep")
 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        sent = dispatch(x, top_k_index, module.num_experts, group)
-        rows = module.compute_rows(sent.rows, sent.offsets, **_expert_weights(module))
-        return sent.combine(rows, top_k_weights)
+        compute = partial(module.compute, weights=_expert_weights(module))
+        if context.gathers_tokens(top_k_index.shape[1]):
+            sizes = context.tokens_of_expert_ranks(len(x))
+            return gathered_experts(compute, x, top_k_index, top_k_weights, module.num_experts, sizes, group)
+        return exchanged_experts(compute, x, top_k_index, top_k_weights, module.num_experts, group)
 
     return forward
 
@@ -340,6 +356,6 @@ STYLES: dict[str, Style] = {
     "ep_router": ModuleStyle(_ep_router, axis="ep"),
     # Whole experts on shared tokens. Forward all-reduce of the output; backward all-reduce of the input.
     "moe_experts_allreduce": ModuleStyle(_moe_experts_allreduce, axis="ep"),
-    # Whole experts on each rank's own tokens. Forward two all-to-alls; backward two.
+    # Whole experts on each rank's own tokens. Forward two all-to-alls, or all-gather and reduce-scatter; so backward
     "moe_dispatch": ModuleStyle(_moe_dispatch, axis="ep"),
 }

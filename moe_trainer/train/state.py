@@ -32,8 +32,8 @@ class TrainState:
         self.tokens += tokens
 
     def to_json(self, **facts: object) -> str:
-        """The state, and facts about the run that wrote it, for people."""
-        return json.dumps({"format": FORMAT, **asdict(self), **facts}, indent=1) + "\n"
+        """The state, and facts about the run that wrote it, for people; an enum is its value."""
+        return json.dumps({"format": FORMAT, **asdict(self), **facts}, indent=1, default=lambda e: e.value) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> "TrainState":

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_trainer.config.schema import ParallelConfig
+from moe_trainer.config.schema import Dispatch, ParallelConfig
 from moe_trainer.models.attention import Attention
 from moe_trainer.models.decoder import DecoderLayer
 from moe_trainer.models.moe import Experts, SparseMoeBlock
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.router import Router
-from moe_trainer.parallel.dispatch import dispatch
+from moe_trainer.parallel.dispatch import exchanged_experts, gathered_experts
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import MODEL, SEQ, Case, batches, sharded_model
 
@@ -28,7 +28,7 @@ CHOSEN = {
 }
 
 
-def check_round_trip(chosen: list[list[list[int]]]) -> int:
+def check_round_trip(chosen: list[list[list[int]]], gather: bool) -> int:
     """Expert e multiplies by e + 1: the result and both gradients are known."""
     rank, group = dist.get_rank(), dist.group.WORLD
     index = torch.tensor(chosen[rank], dtype=torch.int64).view(-1, 2)
@@ -37,31 +37,42 @@ def check_round_trip(chosen: list[list[list[int]]]) -> int:
     weights = torch.rand(len(index), 2, dtype=torch.float64, generator=generator).requires_grad_()
     grad = torch.randn(len(index), HIDDEN, dtype=torch.float64, generator=generator)
 
-    sent = dispatch(x, index, 6, group)
-    ends = sent.offsets.tolist()
-    assert ends[-1] == len(sent.rows)
-    counts = [sum(row.count(2 * rank + e) for tokens in chosen for row in tokens) for e in range(2)]
-    assert [ends[0], ends[1] - ends[0]] == counts
-    factors = torch.tensor([2 * rank + 1.0, 2 * rank + 2.0]).double().repeat_interleave(torch.tensor(counts))
-    out = sent.combine(sent.rows * factors.unsqueeze(1), weights)
+    seen = []
+
+    def compute(x: torch.Tensor, local: torch.Tensor, weights: torch.Tensor, trim: bool = False) -> torch.Tensor:
+        here = local < 2
+        seen.append(int(here.sum()))
+        counts = [sum(row.count(2 * rank + e) for tokens in chosen for row in tokens) for e in range(2)]
+        assert [int((local == e).sum()) for e in range(2)] == counts
+        return x * (weights * here * (2 * rank + local + 1)).sum(1, keepdim=True)
+
+    if gather:
+        sizes = [len(tokens) for tokens in chosen]
+        out = gathered_experts(compute, x, index, weights, 6, sizes, group)
+    else:
+        out = exchanged_experts(compute, x, index, weights, 6, group)
     out.backward(grad)
 
     scale = (weights.detach() * (index + 1)).sum(1, keepdim=True)
     torch.testing.assert_close(out, x.detach() * scale)
     torch.testing.assert_close(x.grad, grad * scale)
     torch.testing.assert_close(weights.grad, (grad * x.detach()).sum(1, keepdim=True) * (index + 1))
-    return len(sent.rows)
+    return seen[0]
 
 
+@pytest.mark.parametrize("gather", (False, True), ids=("all_to_all", "all_gather"))
 @pytest.mark.parametrize("name", CHOSEN)
-def test_round_trip(name: str) -> None:
-    received = run_distributed(check_round_trip, 3, CHOSEN[name])
+def test_round_trip(name: str, gather: bool) -> None:
+    received = run_distributed(check_round_trip, 3, CHOSEN[name], gather)
     assert sum(received) == sum(len(row) for tokens in CHOSEN[name] for row in tokens)
 
 
 MESHES = [
-    ParallelConfig(fsdp=1, tp=4, ep=4, sequence_parallel=True, expert_parallel=True),
-    ParallelConfig(fsdp=2, tp=2, ep=4, sequence_parallel=True, expert_parallel=True),
+    ParallelConfig(fsdp=1, tp=4, ep=4, sequence_parallel=True, expert_parallel=True, dispatch=dispatch)
+    for dispatch in (Dispatch.all_to_all, Dispatch.all_gather)
+] + [
+    ParallelConfig(fsdp=2, tp=2, ep=4, sequence_parallel=True, expert_parallel=True, dispatch=dispatch)
+    for dispatch in (Dispatch.all_to_all, Dispatch.all_gather)
 ]
 
 
@@ -95,10 +106,10 @@ def watch(model: nn.Module, rows: list[int], tokens: list[int]) -> None:
         if isinstance(module, (Attention, DecoderLayer, Experts, Router, RMSNorm, SparseMoeBlock)):
             module.register_forward_hook(note)
         if isinstance(module, Experts):
-            compute = module.compute_rows
-            module.compute_rows = lambda x, *rest, compute=compute, **weights: (
-                rows.append(len(x)),
-                compute(x, *rest, **weights),
+            compute = module.compute_routes
+            module.compute_routes = lambda x, routes, *rest, compute=compute, **weights: (
+                rows.append(len(routes.order)),
+                compute(x, routes, *rest, **weights),
             )[1]
 
 
@@ -124,7 +135,7 @@ def count_in_a_step(parallel: ParallelConfig) -> tuple[list[int], int, int, int]
         return rows, max(tokens), forward_reads, backward.count + len(lists)
 
 
-@pytest.mark.parametrize("parallel", MESHES, ids=lambda p: f"fsdp{p.fsdp}-tp{p.tp}-ep{p.ep}")
+@pytest.mark.parametrize("parallel", MESHES, ids=lambda p: f"fsdp{p.fsdp}-tp{p.tp}-ep{p.ep}-{p.dispatch.value}")
 def test_counts_in_a_step(parallel: ParallelConfig) -> None:
     results = run_distributed(count_in_a_step, 4, parallel)
     pairs = 2 * SEQ * parallel.fsdp * MODEL.top_k
@@ -134,5 +145,5 @@ def test_counts_in_a_step(parallel: ParallelConfig) -> None:
     for rows, most_tokens, forward_reads, backward_reads in results:
         assert len(rows) == MODEL.num_layers
         assert most_tokens <= 2 * -(-SEQ // parallel.tp)
-        assert forward_reads == MODEL.num_layers  # the split sizes
+        assert forward_reads == MODEL.num_layers  # the split sizes, or how many pairs are ours
         assert backward_reads == 0

@@ -1,7 +1,7 @@
 """One collective broken by hand at a time: the comparison with one process must notice each."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -9,9 +9,9 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate
 
-from moe_trainer.config.schema import ParallelConfig
+from moe_trainer.config.schema import Dispatch, ParallelConfig
 from moe_trainer.models.moe import Experts
-from moe_trainer.parallel import clip, collectives, dispatch
+from moe_trainer.parallel import clip, collectives, styles
 from moe_trainer.parallel.styles import STYLES, LeafStyle, ModuleStyle
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train import loss
@@ -23,6 +23,7 @@ TP = ParallelConfig(fsdp=1, tp=2, ep=1)
 SP = ParallelConfig(fsdp=1, tp=2, ep=1, sequence_parallel=True)
 TP_EP = ParallelConfig(fsdp=1, tp=2, ep=2, expert_parallel=True)
 SP_EP = ParallelConfig(fsdp=1, tp=2, ep=2, sequence_parallel=True, expert_parallel=True)
+ALL_TO_ALL = replace(SP_EP, dispatch=Dispatch.all_to_all)
 FSDP = ParallelConfig(fsdp=2, tp=1, ep=1, sequence_parallel=True, expert_parallel=True)
 
 
@@ -65,15 +66,16 @@ def _average_experts(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def _swap_weights(patch: pytest.MonkeyPatch) -> None:
-    combine = dispatch.Dispatched.combine
-    patch.setattr(
-        dispatch.Dispatched, "combine", lambda self, rows, top_k_weights: combine(self, rows, top_k_weights.flip(-1))
+def _swap_weights(function: str) -> Patch:
+    run = getattr(styles, function)
+    return lambda patch: patch.setattr(
+        styles, function, lambda compute, x, index, weights, *rest: run(compute, x, index, weights.flip(-1), *rest)
     )
 
 
 MUTATIONS = {
     "nothing": Mutation(SP_EP, _nothing),
+    "nothing in all-to-all": Mutation(ALL_TO_ALL, _nothing),
     "copy_to_group does not sum gradients": Mutation(
         TP, _backward(collectives._CopyToGroup, lambda ctx, grad: (grad, None))
     ),
@@ -87,7 +89,8 @@ MUTATIONS = {
     ),
     "router gradient is not summed over tp": Mutation(SP_EP, _style("replicated_weight", LeafStyle(Replicate()))),
     "norm gradient is not summed over tp": Mutation(SP_EP, _style("sequence_parallel", LeafStyle(Replicate()))),
-    "dispatch swaps the weights": Mutation(SP_EP, _swap_weights),
+    "all-gather swaps the weights": Mutation(SP_EP, _swap_weights("gathered_experts")),
+    "all-to-all swaps the weights": Mutation(ALL_TO_ALL, _swap_weights("exchanged_experts")),
     "aux loss is not summed over tp": Mutation(
         SP_EP, lambda patch: patch.setattr(loss, "all_reduce", lambda x, group: x)
     ),
@@ -124,7 +127,7 @@ def plain() -> Outcome:
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_comparison_notices(name: str, outcomes: dict[str, Outcome | str | None], plain: Outcome) -> None:
     outcome = outcomes[name]
-    if name == "nothing":
+    if name.startswith("nothing"):
         assert_same(outcome, plain, 1e-9)
     elif isinstance(outcome, str):
         assert outcome.endswith(": ranks hold different values of the same part")

@@ -1,0 +1,117 @@
+"""The feed-forward part of SwiGLU experts as one differentiable function that keeps little for its backward pass.
+
+Kept are the tokens, the routes and the pre-activation; the gathered rows and the activation are made again, which
+costs passes over memory but no matrix product. The weight of the combination is applied to the activation, so its
+gradient is a row's inner product there and the experts' outputs need not be kept (SonicMoE, Guo et al., 2025).
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from moe_trainer.kernels.backend import has_kernel
+from moe_trainer.kernels.grouped_gemm import multiply, outer
+from moe_trainer.kernels.permute import Routes, gather_rows, sum_pairs
+
+Product = Callable[[torch.Tensor, str, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(rows, name of the weight, weight, offsets) -> rows; `Experts.product`."""
+
+
+def swiglu_experts(
+    x: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    routes: Routes,
+    gate_up_proj: torch.Tensor,
+    down_proj: torch.Tensor,
+    product: Product,
+) -> torch.Tensor:
+    """`sum_k weight_k * down(silu(gate(x)) * up(x))` over each token's experts: [tokens, hidden] -> the same.
+
+    Args:
+        x: [tokens, hidden].
+        top_k_weights: [tokens, top_k], float32 at least.
+        routes: of the tokens to the experts given; pairs of other experts add nothing.
+        gate_up_proj: [experts, 2, intermediate, hidden].
+        down_proj: [experts, hidden, intermediate].
+        product: multiplies in the forward pass; the backward pass needs weights as they are.
+    """
+    return _SwigluExperts.apply(x, top_k_weights, routes, gate_up_proj, down_proj, product)
+
+
+class _SwigluExperts(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        routes: Routes,
+        gate_up_proj: torch.Tensor,
+        down_proj: torch.Tensor,
+        product: Product,
+    ) -> torch.Tensor:
+        gate_up = product(gather_rows(x, routes), "gate_up_proj", gate_up_proj, routes.offsets)
+        ctx.save_for_backward(x, top_k_weights, gate_up, gate_up_proj, down_proj)
+        ctx.routes = routes
+        rows = product(swiglu(gate_up, top_k_weights, routes), "down_proj", down_proj, routes.offsets)
+        return sum_pairs(rows, routes)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, top_k_weights, gate_up, gate_up_proj, down_proj = ctx.saved_tensors
+        routes: Routes = ctx.routes
+        offsets = routes.offsets
+        grad_out = gather_rows(grad.contiguous(), routes)  # [rows, hidden]
+        grad_activated = multiply(grad_out, down_proj, offsets)
+        grad_gate_up, activated, grad_weights = swiglu_backward(gate_up, grad_activated, top_k_weights, routes)
+        grad_down = outer(grad_out, activated, offsets)
+        del grad_out, grad_activated, activated
+        grad_rows = multiply(grad_gate_up, gate_up_proj.flatten(1, 2), offsets)
+        grad_x = sum_pairs(grad_rows, routes)
+        del grad_rows
+        grad_gate_up_proj = outer(grad_gate_up, gather_rows(x, routes), offsets).view_as(gate_up_proj)
+        return grad_x, grad_weights, None, grad_gate_up_proj, grad_down, None
+
+
+def swiglu(gate_up: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """[rows, 2 * intermediate], gate before up -> `silu(gate) * up * weight` [rows, intermediate].
+
+    Rows of no expert are undefined.
+    """
+    if has_kernel(gate_up):
+        from moe_trainer.kernels.gpu import swiglu as gpu
+
+        return gpu.swiglu(gate_up, top_k_weights, routes.order, routes.offsets[-1:])
+    gate, up = gate_up.to(top_k_weights.dtype).chunk(2, dim=-1)
+    return (F.silu(gate) * up * _of_rows(top_k_weights, routes)).to(gate_up.dtype)
+
+
+def swiglu_backward(
+    gate_up: torch.Tensor, grad: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of `gate_up` and `top_k_weights` for that of the result, and the result again."""
+    if has_kernel(gate_up):
+        from moe_trainer.kernels.gpu import swiglu as gpu
+
+        end = routes.offsets[-1:]
+        grad_gate_up, activated, grad_weights = gpu.swiglu_backward(gate_up, grad, top_k_weights, routes.order, end)
+        return grad_gate_up, activated, grad_weights.view_as(top_k_weights)
+    weights = _of_rows(top_k_weights, routes)
+    gate, up = gate_up.to(weights.dtype).chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    upstream = grad.to(weights.dtype)
+    grad_of_row = (upstream * silu * up).sum(-1)
+    grad_weights = torch.zeros_like(top_k_weights).flatten()
+    here = torch.arange(len(grad), device=grad.device) < routes.offsets[-1]
+    grad_weights[routes.order] = grad_of_row.masked_fill(~here, 0)
+    upstream = upstream * weights
+    grad_gate = upstream * up * sigmoid * (1 + gate * (1 - sigmoid))
+    grad_gate_up = torch.cat((grad_gate, upstream * silu), dim=-1).to(gate_up.dtype)
+    return grad_gate_up, (silu * up * weights).to(gate_up.dtype), grad_weights.view_as(top_k_weights)
+
+
+def _of_rows(top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """[tokens, top_k] -> [rows, 1]."""
+    return top_k_weights.flatten()[routes.order].unsqueeze(-1)

@@ -1,0 +1,50 @@
+"""Rows gathered, and gathered rows summed, at the speed of the memory."""
+
+import torch
+import triton
+import triton.language as tl
+
+
+def gather(tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
+    """[tokens, width], [rows] pairs -> [rows, width]: the token of each pair."""
+    out = tokens.new_empty(len(order), tokens.shape[1])
+    if out.numel():
+        block = min(triton.next_power_of_2(tokens.shape[1]), 4096)
+        _gather[(len(order),)](tokens, order, out, tokens.shape[1], top_k, block, num_warps=4)
+    return out
+
+
+def sum_pairs(rows: torch.Tensor, inverse: torch.Tensor, end: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Rows [rows, width], the row of each pair [pairs] -> [tokens, width], summed in float32; none past `end`."""
+    tokens, width = len(inverse) // top_k, rows.shape[1]
+    out = rows.new_empty(tokens, width)
+    if out.numel():
+        block = min(triton.next_power_of_2(width), 2048)
+        grid = (tokens, triton.cdiv(width, block))
+        _sum_pairs[grid](rows, inverse, end, out, width, top_k, block, num_warps=4)
+    return out
+
+
+@triton.jit
+def _gather(tokens, order, out, width: tl.constexpr, top_k: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    token = tl.load(order + row).to(tl.int64) // top_k
+    for start in range(0, width, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < width
+        value = tl.load(tokens + token * width + columns, mask=inside)
+        tl.store(out + row * width + columns, value, mask=inside)
+
+
+@triton.jit
+def _sum_pairs(rows, inverse, end, out, width, top_k: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    stop = tl.load(end).to(tl.int64)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for pair in tl.static_range(top_k):
+        row = tl.load(inverse + token * top_k + pair).to(tl.int64)
+        value = tl.load(rows + row * width + columns, mask=inside & (row < stop), other=0.0)
+        total += value.to(tl.float32)
+    tl.store(out + token * width + columns, total.to(out.dtype.element_ty), mask=inside)

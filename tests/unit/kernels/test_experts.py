@@ -1,0 +1,58 @@
+"""The experts' function that keeps little, against autograd on the formula."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from moe_trainer.models.moe import Experts
+from tests.unit.kernels.test_permute import ELSEWHERE, INDEX, _Poison, index_of
+
+
+def naive(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: Experts) -> torch.Tensor:
+    out = [0 * row for row in x]
+    for token, choices in enumerate(index.tolist()):
+        for choice, expert in enumerate(choices):
+            if expert < ELSEWHERE:
+                gate, up = experts.gate_up_proj[expert] @ x[token]
+                out[token] = out[token] + weights[token, choice] * (experts.down_proj[expert] @ (F.silu(gate) * up))
+    return torch.stack(out) if len(x) else x
+
+
+class Poisoned(Experts):
+    """Products whose rows of no expert are NaN, as a grouped GEMM may leave them."""
+
+    def product(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        return _Poison.apply(super().product(rows, name, weight, offsets), int(offsets[-1]))
+
+
+@pytest.mark.parametrize("trim", (False, True))
+@pytest.mark.parametrize("name", INDEX)
+def test_value_and_gradients(name: str, trim: bool) -> None:
+    index = index_of(name)
+    generator = torch.Generator().manual_seed(0)
+    experts = Poisoned(6, 5, 4).double()
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    x = torch.randn(len(index), 6, dtype=torch.float64, generator=generator).requires_grad_()
+    weights = torch.rand(index.shape, dtype=torch.float64, generator=generator).requires_grad_()
+    out = experts.compute(x, index, weights, dict(experts.named_parameters()), trim)
+    expected = naive(x, index, weights, experts)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn(out.shape, dtype=torch.float64, generator=generator)
+    inputs = (x, weights, *experts.parameters())
+    ours = torch.autograd.grad(out, inputs, grad)
+    theirs = torch.autograd.grad(expected, inputs, grad, allow_unused=True, materialize_grads=True)
+    for mine, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_what_is_kept_for_the_backward_pass() -> None:
+    """The input, the weights of the combination, the pre-activation and the parameters: no row of hidden width."""
+    experts = Experts(8, 4, 4)
+    for parameter in experts.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(5, 8, requires_grad=True)
+    kept: list[torch.Size] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.shape), t)[1], lambda t: t):
+        experts(x, index_of("usual"), torch.rand(5, 2, requires_grad=True))
+    assert sorted(kept) == sorted([x.shape, (5, 2), (10, 8), (4, 2, 4, 8), (4, 8, 4)])
