@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from moe_trainer.kernels.norm import rms_norm
+
 
 class RMSNorm(nn.Module):
     """`x / rms(x) * weight` over the last dim, computed in float32 at least."""
@@ -17,7 +19,7 @@ class RMSNorm(nn.Module):
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """[..., width] -> [..., width], in x's type."""
-        return self.scale(x, self.square(x).mean(-1, keepdim=True), weight)
+        return rms_norm(x, weight, self.eps)
 
     def square(self, x: torch.Tensor) -> torch.Tensor:
         """Elementwise, in float32 at least."""

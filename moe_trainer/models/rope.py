@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 
 from moe_trainer.config.schema import RopeConfig, RopeType
+from moe_trainer.kernels import rope as kernels
 
 
 class Rotation(NamedTuple):
@@ -30,8 +31,7 @@ def rotation(positions: torch.Tensor, width: int, rope: RopeConfig, dtype: torch
 
 def rotate(x: torch.Tensor, rope: Rotation) -> torch.Tensor:
     """Turn each pair (i, i + width / 2) of x [batch, heads, seq, width] by its angle."""
-    first, second = x.chunk(2, dim=-1)
-    return x * rope.cos + torch.cat((-second, first), dim=-1) * rope.sin
+    return kernels.rotate(x, rope.cos, rope.sin)
 
 
 def yarn_scale(factor: float, mscale: float = 1.0) -> float:

@@ -1,9 +1,12 @@
 """Cross entropy over a vocabulary that is split between ranks (Megatron-LM, Shoeybi et al., 2019)."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch.autograd.function import FunctionCtx
 from torch.distributed import ProcessGroup
+
+from moe_trainer.kernels.cross_entropy import gradient_, statistics
 
 IGNORED_LABEL = -100
 
@@ -17,37 +20,29 @@ def cross_entropy_sum(logits: torch.Tensor, labels: torch.Tensor, group: Process
         group: ranks that split the vocabulary, or None.
 
     Forward makes two all-reduces (the maximum; then the sum of exponentials with the label's logit); backward none.
+    On a GPU the backward pass writes the gradient over the logits, so it can run once.
     """
     return _CrossEntropy.apply(logits.flatten(0, -2), labels.flatten(), group)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None
-    ) -> torch.Tensor:
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        highest = wide.amax(-1)
-        if group is not None:
-            dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor, group: ProcessGroup | None) -> torch.Tensor:
         local = labels - (0 if group is None else group.rank() * logits.shape[-1])
-        elsewhere = (local < 0) | (local >= logits.shape[-1])
-        local = local.masked_fill(elsewhere, 0)
-        shifted = wide - highest.unsqueeze(-1)
-        at_label = shifted.gather(-1, local.unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere, 0)
-        sums = torch.stack((shifted.exp().sum(-1), at_label))  # [2, tokens]
+        highest, total, at_label = statistics(logits, local)
         if group is not None:
+            own = highest.clone()
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)
+            sums = torch.stack((total * (own - highest).exp(), at_label))  # [2, tokens]
             dist.all_reduce(sums, group=group)
-        log_sum = sums[0].log()
+            total, at_label = sums
+        log_normalizer = highest + total.log()
         ignored = labels == IGNORED_LABEL
-        ctx.save_for_backward(logits, highest + log_sum, local, elsewhere, ignored)
-        return (log_sum - sums[1]).masked_fill(ignored, 0).sum()
+        ctx.save_for_backward(logits, local, log_normalizer, ignored)
+        return (log_normalizer - at_label).masked_fill(ignored, 0).sum()
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        logits, log_normalizer, local, elsewhere, ignored = ctx.saved_tensors
-        probabilities = (logits.to(log_normalizer.dtype) - log_normalizer.unsqueeze(-1)).exp()
-        at_label = (~elsewhere).to(probabilities.dtype).unsqueeze(-1)
-        probabilities.scatter_add_(-1, local.unsqueeze(-1), -at_label)
-        grad_logits = probabilities.masked_fill_(ignored.unsqueeze(-1), 0) * grad
-        return grad_logits.to(logits.dtype), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, local, log_normalizer, ignored = ctx.saved_tensors
+        scale = grad.expand_as(log_normalizer).masked_fill(ignored, 0)
+        return gradient_(logits, local, log_normalizer, scale), None, None

@@ -28,8 +28,8 @@ class Qwen3Attention(Attention):
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        query, key, value = super().project(x)
-        return self.q_norm(query), self.k_norm(key), value
+        query, key = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj))
+        return self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2), self.heads(self.v_proj(x))
 
 
 def build_qwen3_moe(cfg: ModelConfig) -> CausalLM:
