@@ -10,27 +10,38 @@ from torch.distributed.tensor import DTensor, Replicate
 from moe_trainer.parallel.shards import local_part
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale all gradients in place so that their global L2 norm is at most `max_norm` (Pascanu et al., 2013).
+def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
+    """Global L2 norm of all gradients, a scalar on the device, equal on every rank.
 
     Each rank sums the squares of its own shards, a shard that several ranks hold divided among them, and one
     all-reduce of one number over all ranks makes the global sum. Nothing is read on the host.
-
-    Returns:
-        The norm before clipping, a scalar on the device, equal on every rank.
     """
     # Every parameter has a gradient after a backward pass, zero for an expert without tokens.
     with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    grads = [local_part(parameter.grad) for parameter in with_grad]
-    norms = torch.stack(torch._foreach_norm(grads))
+    norms = torch.stack(torch._foreach_norm([local_part(parameter.grad) for parameter in with_grad]))
     norms = norms.to(torch.promote_types(norms.dtype, torch.float32))
     copies = torch.tensor([_copies(parameter) for parameter in with_grad], dtype=norms.dtype)
     total = (norms.square() / copies.to(norms.device, non_blocking=True)).sum()
     if dist.is_initialized():
         dist.all_reduce(total)
-    norm = total.sqrt()
-    scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(grads, scale)
+    return total.sqrt()
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+    """What gradients of this norm are multiplied by to have at most `max_norm` (Pascanu et al., 2013)."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def scale_grads(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -> None:
+    """Multiply all gradients by a scalar, in place."""
+    torch._foreach_mul_([local_part(p.grad) for p in parameters if p.grad is not None], factor)
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients in place so that their global norm is at most `max_norm`; returns the norm before."""
+    parameters = list(parameters)
+    norm = grad_norm(parameters)
+    scale_grads(parameters, clip_factor(norm, max_norm))
     return norm
 
 

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable
 
+import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Shard
+from torch.distributed.tensor import DTensor, Shard
 
 from moe_trainer.models.decoder import DecoderLayer
 from moe_trainer.models.moe import Experts
@@ -14,6 +15,7 @@ from moe_trainer.models.router import Router
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_part
+from moe_trainer.parallel.styles import local_weight
 
 PRECISE = (RMSNorm, Router)
 """Modules that compute in float32 at least, and keep their weights so."""
@@ -24,30 +26,62 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> N
 
     Norms and router stay in the master type: they compute in it anyway, and the sum of their gradients over `tp`
     runs in the type of the parameters. Gradients are summed, not averaged: the loss is divided once by the tokens of
-    the whole batch, so experts, which meet the tokens of several data ranks, need no factor of their own.
+    the whole batch, so experts, which meet the tokens of several data ranks, need no factor of their own. Experts
+    that no other data rank holds are left to themselves: FSDP would copy their weights and gradients several times.
     """
     compute = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
     master = MixedPrecisionPolicy(precision.master, precision.reduce, cast_forward_inputs=False)
     dense, expert = meshes.dense_data, meshes.expert_data
+    alone: set[nn.Parameter] = set()
     for layer in model.modules():
         if not isinstance(layer, DecoderLayer):
             continue
         for experts in layer.modules():
-            if isinstance(experts, Experts):
+            if isinstance(experts, Experts) and is_alone(experts, expert):
+                cast_experts(experts, expert, precision.compute)
+                alone.update(experts.parameters())
+            elif isinstance(experts, Experts):
                 placement = expert_shard_dim(experts, expert)
                 fully_shard(experts, mesh=expert, mp_policy=compute, shard_placement_fn=placement)
         precise = [module for module in layer.modules() if isinstance(module, PRECISE)]
         fully_shard(precise, mesh=dense, mp_policy=master)
-        fully_shard(layer, mesh=dense, mp_policy=compute)
+        fully_shard(layer, mesh=dense, mp_policy=compute, ignored_params=alone)
     fully_shard(model.model.norm, mesh=dense, mp_policy=master)
     if not model.is_tied:  # a tied weight stays in the last group, which spans both uses
         fully_shard(model.model.embed_tokens, mesh=dense, mp_policy=compute)
         fully_shard(model.lm_head, mesh=dense, mp_policy=compute, reshard_after_forward=False)
-    fully_shard(model, mesh=dense, mp_policy=compute)
+    fully_shard(model, mesh=dense, mp_policy=compute, ignored_params=alone)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def is_alone(experts: Experts, mesh: DeviceMesh) -> bool:
+    """Whether no rank of the data axes shares these experts, and none of the others a part of their gradients."""
+    split = (isinstance(p.placements[0], Shard) for p in experts.parameters() if isinstance(p, DTensor))
+    return mesh.size() == 1 and all(split)
+
+
+def cast_experts(experts: Experts, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+    """Compute with copies of the master weights in `dtype`, whose gradients arrive at the masters in their type."""
+    for name, parameter in list(experts.named_parameters(recurse=False)):
+        if not isinstance(parameter, DTensor):  # one kind of parameter for the optimizer
+            sharded = DTensor.from_local(parameter.data, mesh, [Shard(0)] * mesh.ndim, run_check=False)
+            setattr(experts, name, nn.Parameter(sharded))
+    compute = experts.compute
+
+    def cast(
+        x: torch.Tensor,
+        top_k_index: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+        trim: bool = False,
+    ) -> torch.Tensor:
+        local = {name: local_weight(weight).to(dtype) for name, weight in weights.items()}
+        return compute(x, top_k_index, top_k_weights, local, trim)
+
+    experts.compute = cast
 
 
 def expert_shard_dim(experts: Experts, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard] | None:

@@ -32,7 +32,7 @@ from moe_trainer.observe.metrics import MetricsLog, expert_load, memory_gib, thr
 from moe_trainer.optim.adamw import build_adamw, optimizer_tensors, set_optimizer_step
 from moe_trainer.optim.schedule import learning_rate, set_learning_rate
 from moe_trainer.parallel.apply import build_model
-from moe_trainer.parallel.clip import clip_grad_norm
+from moe_trainer.parallel.clip import clip_factor, grad_norm, scale_grads
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import build_meshes
@@ -145,14 +145,13 @@ class Trainer:
             loss.backward()
             shares = shares.add(losses)
         losses = self._sum_over_data(shares)
-        grad_norm = clip_grad_norm(self.model.parameters(), self.cfg.optim.max_grad_norm)
+        norm = grad_norm(self.model.parameters())
         rate = learning_rate(self.state.step, self.cfg.optim, self.state.schedule_steps)
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self._optimizer_step(clip_factor(norm, self.cfg.optim.max_grad_norm))
         self._balance_experts(losses.expert_counts)
         self.state.advance(self.loader.global_batch_size, num_tokens)
-        return StepMetrics(losses, grad_norm, rate, num_tokens)
+        return StepMetrics(losses, norm, rate, num_tokens)
 
     def save(self) -> Path:
         """Publish a checkpoint of this step. Collective."""
@@ -217,6 +216,15 @@ class Trainer:
         ]
         if differing:
             raise ConfigError(f"{checkpoint} holds another model: {', '.join(differing)}")
+
+    def _optimizer_step(self, factor: torch.Tensor) -> None:
+        """Move the weights by the gradients times `factor`, and forget the gradients."""
+        if self.optimizer.defaults["fused"]:
+            self.optimizer.grad_scale = factor.reciprocal()  # divided by as they are read: no pass of its own
+        else:
+            scale_grads(self.model.parameters(), factor)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     @torch.no_grad()
     def _balance_experts(self, counts: torch.Tensor) -> None:
