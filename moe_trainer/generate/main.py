@@ -53,8 +53,17 @@ class Speed:
     """Of all sequences, each up to its end."""
     seconds: float = 0.0
     """From the start of the prompts' forward passes to the last tokens."""
-    seconds_to_first: float | None = None
-    """Until the first batch had its first tokens."""
+    first_tokens: int = 0
+    """The first one of each sequence, which the pass over the prompts gives."""
+    seconds_to_first: float = 0.0
+    """Of these passes."""
+
+    def __str__(self) -> str:
+        text = f"{self.new_tokens} tokens in {self.seconds:.2f} s, {self.new_tokens / self.seconds:.1f} tok/s"
+        if self.new_tokens == self.first_tokens:
+            return text
+        after = (self.new_tokens - self.first_tokens) / (self.seconds - self.seconds_to_first)
+        return f"{text}, first token after {self.seconds_to_first:.2f} s, then {after:.1f} tok/s"
 
 
 def run_generation(cfg: GenerateConfig) -> None:
@@ -74,10 +83,7 @@ def run_generation(cfg: GenerateConfig) -> None:
             write("\n" if cfg.prompts is None else "\n\n")
             if is_first and cfg.output is not None:
                 _append(Path(cfg.output), done)
-        _logger.info(
-            "%d tokens in %.2f s, %.1f tok/s, first token after %.2f s",
-            *(speed.new_tokens, speed.seconds, speed.new_tokens / speed.seconds, speed.seconds_to_first),
-        )
+        _logger.info("%s", speed)
 
 
 def continue_prompt(cfg: GenerateConfig, device: torch.device, write: Callable[[str], object]) -> Continuation:
@@ -135,9 +141,10 @@ def _follow(
     stopped = [False] * len(prompts)
     write(prompts[0])
     begun = time.perf_counter()
-    for step in tokens:
-        if speed.seconds_to_first is None:
-            speed.seconds_to_first = time.perf_counter() - begun
+    for number, step in enumerate(tokens):
+        if number == 0:
+            speed.seconds_to_first += time.perf_counter() - begun
+            speed.first_tokens += len(prompts)
         for row, token_id in enumerate(step.tolist()):
             if stopped[row]:
                 continue

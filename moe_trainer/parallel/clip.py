@@ -28,20 +28,18 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
-    """What gradients of this norm are multiplied by to have at most `max_norm` (Pascanu et al., 2013)."""
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
-
-
-def scale_grads(parameters: Iterable[nn.Parameter], factor: torch.Tensor) -> None:
-    """Multiply all gradients by a scalar, in place."""
-    torch._foreach_mul_([local_part(p.grad) for p in parameters if p.grad is not None], factor)
+    """What gradients of this norm are multiplied by to have at most `max_norm` (Pascanu et al., 2013); not a number
+    where the norm is not finite, which no factor mends."""
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    return factor.masked_fill(~norm.isfinite(), torch.nan)
 
 
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
     """Scale all gradients in place so that their global norm is at most `max_norm`; returns the norm before."""
     parameters = list(parameters)
     norm = grad_norm(parameters)
-    scale_grads(parameters, clip_factor(norm, max_norm))
+    grads = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(grads, clip_factor(norm, max_norm))
     return norm
 
 

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_trainer.kernels.cast import cast_weight
 from moe_trainer.models.decoder import DecoderLayer
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
@@ -78,7 +79,7 @@ def cast_experts(experts: Experts, mesh: DeviceMesh, dtype: torch.dtype) -> None
         weights: dict[str, torch.Tensor],
         trim: bool = False,
     ) -> torch.Tensor:
-        local = {name: local_weight(weight).to(dtype) for name, weight in weights.items()}
+        local = {name: cast_weight(local_weight(weight), dtype) for name, weight in weights.items()}
         return compute(x, top_k_index, top_k_weights, local, trim)
 
     experts.compute = cast

@@ -1,6 +1,7 @@
 """The trainer: a sharded model, its optimizer, and the step."""
 
 import hashlib
+import math
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -32,7 +33,7 @@ from moe_trainer.observe.metrics import MetricsLog, expert_load, memory_gib, thr
 from moe_trainer.optim.adamw import build_adamw, optimizer_tensors, set_optimizer_step
 from moe_trainer.optim.schedule import learning_rate, set_learning_rate
 from moe_trainer.parallel.apply import build_model
-from moe_trainer.parallel.clip import clip_factor, grad_norm, scale_grads
+from moe_trainer.parallel.clip import clip_factor, grad_norm
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import build_meshes
@@ -74,7 +75,7 @@ class Trainer:
             z_coef=cfg.optim.z_coef,
             aux_scope=cfg.optim.aux_scope,
         )
-        self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim, device.type)
+        self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim)
         self.num_sparse_layers = cfg.model.num_layers - len(cfg.model.dense_layers)
         self.biased_routers = [m for m in self.model.modules() if isinstance(m, GroupedSigmoidRouter)]
         self.checkpoints = CheckpointManager(self.run_folder / "checkpoints", cfg.checkpoint.keep_last)
@@ -148,7 +149,8 @@ class Trainer:
         norm = grad_norm(self.model.parameters())
         rate = learning_rate(self.state.step, self.cfg.optim, self.state.schedule_steps)
         set_learning_rate(self.optimizer, rate)
-        self._optimizer_step(clip_factor(norm, self.cfg.optim.max_grad_norm))
+        self.optimizer.step(clip_factor(norm, self.cfg.optim.max_grad_norm))
+        self.optimizer.zero_grad()
         self._balance_experts(losses.expert_counts)
         self.state.advance(self.loader.global_batch_size, num_tokens)
         return StepMetrics(losses, norm, rate, num_tokens)
@@ -217,15 +219,6 @@ class Trainer:
         if differing:
             raise ConfigError(f"{checkpoint} holds another model: {', '.join(differing)}")
 
-    def _optimizer_step(self, factor: torch.Tensor) -> None:
-        """Move the weights by the gradients times `factor`, and forget the gradients."""
-        if self.optimizer.defaults["fused"]:
-            self.optimizer.grad_scale = factor.reciprocal()  # divided by as they are read: no pass of its own
-        else:
-            scale_grads(self.model.parameters(), factor)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
     @torch.no_grad()
     def _balance_experts(self, counts: torch.Tensor) -> None:
         """Move each expert's bias by a fixed step towards the mean load (Wang et al., 2024).
@@ -283,7 +276,10 @@ class _Report:
         losses = taken.metrics.losses.unflatten(taken.values[:-1])
         line = {"loss": losses.loss.item()}
         line |= {name: getattr(losses, name).item() for name, coef in self._coefs.items() if coef}
-        line |= {"grad_norm": taken.values[-1].item(), "lr": taken.metrics.lr, "tokens": taken.tokens}
+        grad_norm = taken.values[-1].item()
+        if not math.isfinite(grad_norm):
+            _logger.warning("step %d: the gradients are not finite; the weights stay as they are", taken.step)
+        line |= {"grad_norm": grad_norm, "lr": taken.metrics.lr, "tokens": taken.tokens}
         line |= throughput(taken.metrics.num_tokens, seconds, dist.get_world_size(), self._flops, self._peak)
         line["memory_gib"] = memory_gib(self._device)
         line |= expert_load(losses.expert_counts)

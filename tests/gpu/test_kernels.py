@@ -19,6 +19,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from moe_trainer.kernels.gpu import adamw as gpu_adamw  # noqa: E402
 from moe_trainer.kernels.gpu import cross_entropy as gpu_cross_entropy  # noqa: E402
 from moe_trainer.kernels.gpu import norm as gpu_norm  # noqa: E402
 from moe_trainer.kernels.gpu import rope as gpu_rope  # noqa: E402
@@ -127,3 +128,35 @@ def test_no_rows() -> None:
     empty = sort_by_expert(torch.empty(0, 2, dtype=torch.int64, device=DEVICE), 4)
     assert gpu_rows.gather(values(torch.float32, 0, 64), empty.order, 2).shape == (0, 64)
     assert gpu_rows.sum_pairs(values(torch.float32, 0, 64), empty.inverse, empty.offsets[-1:], 2).shape == (0, 64)
+
+
+@pytest.mark.parametrize("size", (5, 10000))
+def test_adamw(size: int) -> None:
+    """Three steps, the second of them skipped."""
+    weight, exp_avg, exp_avg_sq = (
+        values(torch.float32, size),
+        torch.zeros(size).to(DEVICE),
+        torch.zeros(size).to(DEVICE),
+    )
+    exact = weight.double().requires_grad_()
+    options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
+    reference = torch.optim.AdamW([exact], **options)
+    taken = torch.zeros((), device=DEVICE)
+    for number, factor in enumerate((0.5, float("nan"), 2.0)):
+        grad = values(torch.float32, size, seed=number)
+        is_finite = factor == factor
+        taken += is_finite
+        scale = torch.tensor(factor, device=DEVICE)
+        gpu_adamw.adamw_(weight, grad, exp_avg, exp_avg_sq, taken, scale, *options.values())
+        if is_finite:
+            exact.grad = factor * grad.double()
+            reference.step()
+    state = reference.state[exact]
+    torch.testing.assert_close(weight.double(), exact.detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(exp_avg.double(), state["exp_avg"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(exp_avg_sq.double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-6)
+
+
+def test_widen() -> None:
+    x = values(torch.bfloat16, 77, 130)
+    assert torch.equal(gpu_adamw.widen(x, torch.float32), x.float())

@@ -1,0 +1,70 @@
+"""AdamW in one pass over weight, gradient and moments, and the widening of a gradient."""
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK = 4096
+
+
+def adamw_(
+    weight: torch.Tensor,
+    grad: torch.Tensor,
+    exp_avg: torch.Tensor,
+    exp_avg_sq: torch.Tensor,
+    step: torch.Tensor,
+    factor: torch.Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """As `optim.adamw.AdamW.step` for one tensor; all four contiguous, of one shape.
+
+    Args:
+        step: scalar, the steps taken with this one.
+        factor: scalar that multiplies the gradient as it is read; where it is not finite nothing changes.
+    """
+    size = weight.numel()
+    if size:
+        grid = (triton.cdiv(size, _BLOCK),)
+        _adamw[grid](
+            weight, grad, exp_avg, exp_avg_sq, step, factor, lr, *betas, eps, weight_decay, size, _BLOCK, num_warps=8
+        )
+
+
+def widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A copy of a contiguous tensor in another type."""
+    out = torch.empty_like(x, dtype=dtype)
+    if x.numel():
+        _copy[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), _BLOCK, num_warps=8)
+    return out
+
+
+@triton.jit
+def _adamw(weight, grad, exp_avg, exp_avg_sq, step, factor, lr, beta1, beta2, eps, decay, size, BLOCK: tl.constexpr):
+    scale = tl.load(factor)
+    if (scale == scale) & (tl.abs(scale) != float("inf")):
+        at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        inside = at < size
+        count = tl.load(step)
+        g = tl.load(grad + at, mask=inside).to(tl.float32) * scale
+        m = tl.load(exp_avg + at, mask=inside)
+        v = tl.load(exp_avg_sq + at, mask=inside)
+        m += (g - m) * (1 - beta1)
+        v = beta2 * v + (1 - beta2) * g * g
+        correction1 = 1 - tl.exp2(count * tl.log2(beta1))
+        correction2 = 1 - tl.exp2(count * tl.log2(beta2))
+        w = tl.load(weight + at, mask=inside)
+        w -= lr * decay * w
+        w -= lr / correction1 * m / (tl.sqrt(v / correction2) + eps)
+        tl.store(exp_avg + at, m, mask=inside)
+        tl.store(exp_avg_sq + at, v, mask=inside)
+        tl.store(weight + at, w, mask=inside)
+
+
+@triton.jit
+def _copy(x, out, size, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    tl.store(out + at, tl.load(x + at, mask=inside).to(out.dtype.element_ty), mask=inside)
