@@ -3,7 +3,7 @@
     python scripts/bench_moe_layer.py [--tokens=16384]
 
 bfloat16, routes drawn from uneven logits; sorting them is timed, the router is not. FLOPs: 18 * tokens * top_k *
-hidden * intermediate. `dense` are six plain products of the same FLOPs over the same number of rows: what no routing costs.
+hidden * intermediate. `dense` are six plain products of the same FLOPs over as many rows: the bound without routing.
 Each figure is the median of 20 calls, timed by CUDA events with the L2 cache as the call before left it.
 """
 

@@ -12,7 +12,7 @@ def statistics(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor
         logits: [tokens, vocab].
         labels: [tokens]; one outside of the vocabulary has logit 0.
     """
-    if has_kernel(logits):
+    if has_kernel(logits) and logits.is_contiguous():
         from moe_trainer.kernels.gpu import cross_entropy as gpu
 
         return gpu.statistics(logits, labels)
@@ -32,7 +32,7 @@ def gradient_(
         log_normalizer: [tokens], logarithm of the sum of exp(logit).
         scale: [tokens].
     """
-    if has_kernel(logits):
+    if has_kernel(logits) and logits.is_contiguous():
         from moe_trainer.kernels.gpu import cross_entropy as gpu
 
         return gpu.gradient_(logits, labels, log_normalizer, scale)

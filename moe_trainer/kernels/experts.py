@@ -62,7 +62,7 @@ class _SwigluExperts(torch.autograd.Function):
         x, top_k_weights, gate_up, gate_up_proj, down_proj = ctx.saved_tensors
         routes: Routes = ctx.routes
         offsets = routes.offsets
-        grad_out = gather_rows(grad.contiguous(), routes)  # [rows, hidden]
+        grad_out = gather_rows(grad, routes)  # [rows, hidden]
         grad_activated = multiply(grad_out, down_proj, offsets)
         grad_gate_up, activated, grad_weights = swiglu_backward(gate_up, grad_activated, top_k_weights, routes)
         grad_down = outer(grad_out, activated, offsets)

@@ -25,8 +25,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         from moe_trainer.kernels.gpu import norm as gpu
 
-        rows = x.reshape(-1, x.shape[-1])
-        out, inverse_rms = gpu.rms_norm(rows, weight, eps)
+        out, inverse_rms = gpu.rms_norm(_rows(x), weight, eps)
         ctx.save_for_backward(x, weight, inverse_rms)
         return out.view(x.shape)
 
@@ -35,8 +34,10 @@ class _RMSNorm(torch.autograd.Function):
         from moe_trainer.kernels.gpu import norm as gpu
 
         x, weight, inverse_rms = ctx.saved_tensors
-        width = x.shape[-1]
-        grad_x, grad_weight = gpu.rms_norm_backward(
-            grad.reshape(-1, width), x.reshape(-1, width), weight, inverse_rms
-        )
+        grad_x, grad_weight = gpu.rms_norm_backward(_rows(grad), _rows(x), weight, inverse_rms)
         return grad_x.view(x.shape), grad_weight.to(weight.dtype), None
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[..., width] -> [rows, width], one row after the other in memory: part of a wider tensor is copied."""
+    return x.contiguous().view(-1, x.shape[-1])

@@ -65,7 +65,7 @@ def gather_rows(tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
     if has_kernel(tokens) and tokens.shape[1] >= _NARROW:
         from moe_trainer.kernels.gpu import rows as gpu
 
-        return gpu.gather(tokens, routes.order, routes.top_k)
+        return gpu.gather(tokens.contiguous(), routes.order, routes.top_k)
     return tokens[routes.order // routes.top_k]
 
 
@@ -77,7 +77,7 @@ def sum_pairs(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
     if has_kernel(rows) and rows.shape[1] >= _NARROW:
         from moe_trainer.kernels.gpu import rows as gpu
 
-        return gpu.sum_pairs(rows, routes.inverse, routes.offsets[-1:], routes.top_k)
+        return gpu.sum_pairs(rows.contiguous(), routes.inverse, routes.offsets[-1:], routes.top_k)
     if not len(rows):
         return rows.new_zeros(len(routes.inverse) // routes.top_k, rows.shape[1])
     here = (routes.inverse < routes.offsets[-1]).unsqueeze(-1)
@@ -98,7 +98,7 @@ class _Permute(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return sum_pairs(grad.contiguous(), ctx.routes), None
+        return sum_pairs(grad, ctx.routes), None
 
 
 class _Combine(torch.autograd.Function):
@@ -109,4 +109,4 @@ class _Combine(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gather_rows(grad.contiguous(), ctx.routes), None
+        return gather_rows(grad, ctx.routes), None

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_trainer.config.schema import RopeConfig
-from moe_trainer.kernels import cross_entropy, experts, rope
+from moe_trainer.kernels import cross_entropy, experts, norm, rope
 from moe_trainer.kernels.permute import Routes, sort_by_expert, sum_pairs
 from moe_trainer.models.rope import rotation
 
@@ -94,6 +94,20 @@ def test_rms_norm(dtype: torch.dtype, shape: tuple[int, int]) -> None:
     exact_grads = torch.autograd.grad(exact, (exact_x, exact_weight), grad.double())
     close(grad_x, exact_grads[0])
     torch.testing.assert_close(grad_weight.double(), exact_grads[1], rtol=1e-4, atol=1e-4)
+
+
+def test_rms_norm_of_a_part_of_a_wider_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows do not follow one another in memory."""
+    monkeypatch.setattr(norm, "has_kernel", lambda x: x.dtype is torch.float32)
+    wide, weight = values(torch.float32, 2, 5, 40), values(torch.float32, 32)
+    inputs = wide.requires_grad_(), weight.requires_grad_()
+    exact = F.rms_norm(wide[..., :32].double(), (32,), weight.double(), 1e-5)
+    out = norm.rms_norm(wide[..., :32], weight, 1e-5)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    grad = values(torch.float32, 2, 5, 80, seed=1)[..., 3:35]
+    ours = torch.autograd.grad(out, inputs, grad)
+    for mine, other in zip(ours, torch.autograd.grad(exact, inputs, grad.double()), strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("shape", ((2, 3, 7, 24), (1, 40, 5, 128)))

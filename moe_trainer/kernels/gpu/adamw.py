@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-_BLOCK = 4096
+_BLOCK = 1024
 
 
 def adamw_(
@@ -29,7 +29,7 @@ def adamw_(
     if size:
         grid = (triton.cdiv(size, _BLOCK),)
         _adamw[grid](
-            weight, grad, exp_avg, exp_avg_sq, step, factor, lr, *betas, eps, weight_decay, size, _BLOCK, num_warps=8
+            weight, grad, exp_avg, exp_avg_sq, step, factor, lr, *betas, eps, weight_decay, size, _BLOCK, num_warps=4
         )
 
 
@@ -37,7 +37,7 @@ def widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """A copy of a contiguous tensor in another type."""
     out = torch.empty_like(x, dtype=dtype)
     if x.numel():
-        _copy[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), _BLOCK, num_warps=8)
+        _copy[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), _BLOCK, num_warps=4)
     return out
 
 
