@@ -14,21 +14,32 @@ import sys
 import threading
 import time
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 
 _MARK = "MOE_TRAINER_LAUNCHED"
+_STOP_FILE = "MOE_TRAINER_STOP_FILE"
 _SECONDS_TO_END = 3.0
 
 
-def launch(module: str, argv: list[str], nproc: int) -> int:
+def launch(module: str, argv: list[str], nproc: int, lets_finish: bool = False) -> int:
     """Run `python -m module argv` on `nproc` ranks of this machine.
+
+    Args:
+        lets_finish: the first Ctrl-C or SIGTERM only makes `stop_file`, which the ranks look for; they end by
+            themselves. The second ends them.
 
     Returns:
         2 if a rank left with 2 (the user's mistake), 0 if all did with 0, otherwise 1; 130 after Ctrl-C and 143 after
-        SIGTERM, which end every rank within 10 s.
+        SIGTERM where that ended the ranks, which takes 10 s at most.
     """
+    with TemporaryDirectory(prefix="moe_trainer_") as folder:
+        return _launch(module, argv, nproc, Path(folder) / "stop", lets_finish)
+
+
+def _launch(module: str, argv: list[str], nproc: int, stop: Path, lets_finish: bool) -> int:
     arguments = ["--standalone", f"--nproc-per-node={nproc}", "-m", module, *argv]
-    env = dict(os.environ, **{_MARK: "1"})
+    env = dict(os.environ, **{_MARK: "1", _STOP_FILE: str(stop)})
     env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     agent = subprocess.Popen(
         [sys.executable, "-m", __name__, *arguments], env=env, stdin=subprocess.DEVNULL, start_new_session=True
@@ -38,6 +49,9 @@ def launch(module: str, argv: list[str], nproc: int) -> int:
     received: list[int] = []
 
     def end_ranks(signum: int, frame: FrameType | None) -> None:
+        if lets_finish and not stop.exists():
+            stop.touch()
+            return
         if received:
             agent.kill()
             return
@@ -55,6 +69,12 @@ def launch(module: str, argv: list[str], nproc: int) -> int:
     if received:
         return 128 + received[0]
     return code if code >= 0 else 1
+
+
+def stop_file() -> Path | None:
+    """In a rank that `launch` started: the file that it makes when the ranks are to save and stop."""
+    path = os.environ.get(_STOP_FILE)
+    return Path(path) if path else None
 
 
 def was_launched() -> bool:

@@ -1,5 +1,6 @@
 """`moe-train +recipe=NAME [key=value ...]`: checks the run, then trains it on as many ranks as its mesh has."""
 
+import shlex
 import sys
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from moe_trainer.cli.command import (
     run_command,
     world_size_from_env,
 )
-from moe_trainer.cli.launch import launch
+from moe_trainer.cli.launch import launch, stop_file
 from moe_trainer.config.keys import keys_help
 from moe_trainer.config.schema import ModelConfig
 from moe_trainer.config.shape import check_init_from
@@ -50,10 +51,12 @@ def _train(argv: list[str]) -> int:
             print_plan(resolved)
         return 0
     if world_size is None and world_size_of(resolved.parallel) > 1:
-        return launch("moe_trainer.cli.train", argv, world_size_of(resolved.parallel))
+        return launch("moe_trainer.cli.train", argv, world_size_of(resolved.parallel), lets_finish=True)
     from moe_trainer.train.main import run_training
 
-    run_training(resolved)
+    if not run_training(resolved, stop_file()) and is_first_rank():
+        others = [argument for argument in argv if not argument.startswith("checkpoint.resume=")]
+        print(f"moe-train: saved and stopped; go on with: moe-train {shlex.join(others)} checkpoint.resume=auto")
     return 0
 
 

@@ -294,6 +294,8 @@ class Config:
     """Folder that holds the runs."""
     steps: int = 100
     """Step to stop at, counted from the start of training."""
+    max_minutes: float | None = None
+    """Minutes of training after which to save and stop, for batch queues; the start and the last save come on top."""
     seed: int = 0
     """Seed of the initial weights and of the order of samples."""
     nproc: int | None = None

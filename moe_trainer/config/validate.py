@@ -4,6 +4,7 @@ Nothing here imports torch: a mistake costs one line before any rank starts. Wha
 GPUs, comes in as a number.
 """
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -204,6 +205,8 @@ def _check_run(cfg: Config) -> None:
     ):
         if value is not None:
             at_least(key, value, 1)
+    if cfg.max_minutes is not None and not 0 < cfg.max_minutes < math.inf:
+        raise ConfigError(f"max_minutes={cfg.max_minutes} must be above 0")
     both = cfg.dtype is not DType.auto and cfg.reduce_dtype is not DType.auto
     if both and _WIDTH[cfg.reduce_dtype] < _WIDTH[cfg.dtype]:
         raise ConfigError(f"reduce_dtype={cfg.reduce_dtype.value} must not be narrower than dtype={cfg.dtype.value}")

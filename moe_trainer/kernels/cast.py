@@ -22,6 +22,6 @@ class _CastWeight(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         if not has_kernel(grad):
             return grad.to(ctx.dtype), None
-        from moe_trainer.kernels.gpu import adamw as gpu
+        from moe_trainer.kernels.gpu import cast as gpu
 
         return gpu.widen(grad.contiguous(), ctx.dtype), None

@@ -1,5 +1,7 @@
 """One rank of `moe-train`."""
 
+from pathlib import Path
+
 import torch.distributed as dist
 
 from moe_trainer.config.schema import Config
@@ -10,8 +12,14 @@ from moe_trainer.train.trainer import Trainer
 _logger = get_logger(__name__)
 
 
-def run_training(cfg: Config) -> None:
+def run_training(cfg: Config, stop_file: Path | None = None) -> bool:
     """Train as `cfg` says. It is validated, with a concrete mesh and device.
+
+    Args:
+        stop_file: exists once somebody wants the run to save and stop.
+
+    Returns:
+        Whether `cfg.steps` are taken; otherwise the run was told to stop, and has saved.
 
     Raises:
         ConfigError: something that only shows with the data or the checkpoint in hand; on every rank alike.
@@ -28,5 +36,6 @@ def run_training(cfg: Config) -> None:
                 trainer.state.step,
                 cfg.steps,
             )
-            return
-        trainer.fit()
+            return True
+        trainer.fit(stop_file)
+        return trainer.state.step >= cfg.steps

@@ -37,6 +37,7 @@ from moe_trainer.parallel.precision import resolve_precision
 from moe_trainer.train.loss import Losses, LossFn
 from moe_trainer.train.report import RunReport, StepMetrics
 from moe_trainer.train.state import TrainState
+from moe_trainer.train.stop import StopRequest
 
 _logger = get_logger(__name__)
 
@@ -105,8 +106,12 @@ class Trainer:
         else:
             initialize(self.model, self.cfg.seed, self.cfg.model.initializer_range)
 
-    def fit(self) -> StepMetrics | None:
-        """Train until `steps`, saving as configured and at the end; returns the last step's metrics, if any."""
+    def fit(self, stop_file: Path | None = None) -> StepMetrics | None:
+        """Train until `steps` or until told to stop (`StopRequest`), saving as configured and at the end.
+
+        Returns:
+            The last step's metrics, if any.
+        """
         report = (
             RunReport(self.cfg, self.device, self.run_folder, self.state.step, self.loader.seq_len)
             if dist.get_rank() == 0
@@ -114,12 +119,13 @@ class Trainer:
         )
         metrics, saved = None, self.state.step
         try:
-            while self.state.step < self.cfg.steps:
-                metrics = self.train_step(self.loader.batch(self.state.samples).to(self.device))
-                if report is not None:
-                    report.take(self.state.step, self.state.tokens, metrics)
-                if is_due(self.state.step, self.cfg.checkpoint.every):
-                    saved = self._save(report)
+            with StopRequest(stop_file, self.cfg.max_minutes) as stop:
+                while self.state.step < self.cfg.steps and not stop.agreed():
+                    metrics = self.train_step(self.loader.batch(self.state.samples).to(self.device))
+                    if report is not None:
+                        report.take(self.state.step, self.state.tokens, metrics)
+                    if is_due(self.state.step, self.cfg.checkpoint.every):
+                        saved = self._save(report)
             if saved < self.state.step:
                 self._save(report)
         finally:

@@ -25,6 +25,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moe_trainer.kernels.gpu import adamw as gpu_adamw  # noqa: E402
+from moe_trainer.kernels.gpu import cast as gpu_cast  # noqa: E402
 from moe_trainer.kernels.gpu import cross_entropy as gpu_cross_entropy  # noqa: E402
 from moe_trainer.kernels.gpu import norm as gpu_norm  # noqa: E402
 from moe_trainer.kernels.gpu import rope as gpu_rope  # noqa: E402
@@ -178,7 +179,7 @@ def test_adamw(size: int) -> None:
 
 def test_widen() -> None:
     x = values(torch.bfloat16, 77, 130)
-    assert torch.equal(gpu_adamw.widen(x, torch.float32), x.float())
+    assert torch.equal(gpu_cast.widen(x, torch.float32), x.float())
 
 
 @pytest.mark.parametrize("family", Family)

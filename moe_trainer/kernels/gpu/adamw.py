@@ -1,4 +1,4 @@
-"""AdamW in one pass over weight, gradient and moments, and the widening of a gradient."""
+"""AdamW in one pass over weight, gradient and moments."""
 
 import torch
 import triton
@@ -33,14 +33,6 @@ def adamw_(
         )
 
 
-def widen(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A copy of a contiguous tensor in another type."""
-    out = torch.empty_like(x, dtype=dtype)
-    if x.numel():
-        _copy[(triton.cdiv(x.numel(), _BLOCK),)](x, out, x.numel(), _BLOCK, num_warps=4)
-    return out
-
-
 @triton.jit
 def _adamw(weight, grad, exp_avg, exp_avg_sq, step, factor, lr, beta1, beta2, eps, decay, size, BLOCK: tl.constexpr):
     scale = tl.load(factor)
@@ -61,10 +53,3 @@ def _adamw(weight, grad, exp_avg, exp_avg_sq, step, factor, lr, beta1, beta2, ep
         tl.store(exp_avg + at, m, mask=inside)
         tl.store(exp_avg_sq + at, v, mask=inside)
         tl.store(weight + at, w, mask=inside)
-
-
-@triton.jit
-def _copy(x, out, size, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    tl.store(out + at, tl.load(x + at, mask=inside).to(out.dtype.element_ty), mask=inside)

@@ -122,6 +122,8 @@ def test_illegal_mesh_is_refused_with_its_numbers(
         ({"optim__eps": 0.0}, "optim.eps=0.0 must be above 0"),
         ({"optim__weight_decay": -1.0}, "optim.weight_decay=-1.0 must be at least 0"),
         ({"optim__aux_coef": float("nan")}, "optim.aux_coef=nan must be at least 0"),
+        ({"max_minutes": 0.0}, "max_minutes=0.0 must be above 0"),
+        ({"optim__z_coef": -1.0}, "optim.z_coef=-1.0 must be at least 0"),
         ({"optim__max_grad_norm": 0.0}, "optim.max_grad_norm=0.0 must be above 0"),
         ({"optim__min_lr_ratio": 1.5}, "optim.min_lr_ratio=1.5 must be between 0 and 1"),
         ({"optim__warmup_steps": -1}, "optim.warmup_steps=-1 must be at least 0"),
