@@ -46,13 +46,15 @@ FileRecord = dict[str, int | str]
 
 
 class CheckpointManager:
-    """Saves the checkpoints of one run under `root`, and keeps the newest `keep_last` of them (None: all)."""
+    """Saves the checkpoints of one run under `root`, and keeps the newest `keep_last` of them (None: all), and of the
+    older ones those of steps that `keep_every` divides."""
 
-    def __init__(self, root: Path, keep_last: int | None) -> None:
+    def __init__(self, root: Path, keep_last: int | None, keep_every: int | None = None) -> None:
         if keep_last is not None and keep_last < 1:
             raise ConfigError(f"checkpoint.keep_last={keep_last} must be at least 1, or unset to keep all")
         self.root = root
         self.keep_last = keep_last
+        self.keep_every = keep_every
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], documents: Mapping[str, str]) -> Path:
         """Write and publish one checkpoint. Collective.
@@ -118,6 +120,8 @@ class CheckpointManager:
             complete = [folder for folder in _published(self.root) if not _damage(folder, hashes=False)]
             for folder in complete[: -self.keep_last]:
                 if folder == newest:  # it may be older than others, after a resume from further back
+                    continue
+                if self.keep_every is not None and _step(folder) % self.keep_every == 0:
                     continue
                 doomed = folder.with_name(folder.name + ".del")
                 folder.rename(doomed)
@@ -200,8 +204,13 @@ def _published(root: Path) -> list[Path]:
     """Our folders with a COMMIT.json, oldest step first; whatever else lies there is not ours."""
     if not root.is_dir():
         return []
-    found = [(int(match[1]), folder) for folder in root.iterdir() if (match := _STEP.fullmatch(folder.name))]
-    return [folder for _, folder in sorted(found) if not folder.is_symlink() and (folder / COMMIT).is_file()]
+    found = sorted((folder for folder in root.iterdir() if _STEP.fullmatch(folder.name)), key=_step)
+    return [folder for folder in found if not folder.is_symlink() and (folder / COMMIT).is_file()]
+
+
+def _step(folder: Path) -> int:
+    """Of a folder with our kind of name."""
+    return int(_STEP.fullmatch(folder.name)[1])
 
 
 def _damage(checkpoint: Path, hashes: bool = True) -> list[str]:

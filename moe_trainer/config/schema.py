@@ -64,6 +64,7 @@ class ScheduleName(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    wsd = "wsd"
 
 
 class Quantization(Enum):
@@ -239,7 +240,9 @@ class OptimConfig:
     schedule_steps: int | None = None
     """Step at which the schedule ends; default `steps`, and on resume the checkpoint's."""
     min_lr_ratio: float = 0.1
-    """Final rate of `linear` and `cosine`, as a share of `lr`."""
+    """Final rate of all but `constant`, as a share of `lr`."""
+    decay_steps: int | None = None
+    """Last steps of `wsd` (warm-up, stable, decay), in which the rate falls; unset: a tenth of `schedule_steps`."""
 
 
 @dataclass(slots=True)
@@ -268,6 +271,8 @@ class CheckpointConfig:
     """Save after each so many steps; the last step is always saved."""
     keep_last: int | None = None
     """Keep this many of the newest checkpoints; unset keeps all."""
+    keep_every: int | None = None
+    """Checkpoints of steps that this divides are kept beside the last ones."""
     resume: str = "none"
     """`none`, `auto` (newest complete checkpoint of this run, if any) or the path of a checkpoint or run."""
 

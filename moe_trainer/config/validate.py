@@ -201,6 +201,8 @@ def _check_run(cfg: Config) -> None:
         ("nproc", cfg.nproc),
         ("checkpoint.every", cfg.checkpoint.every),
         ("checkpoint.keep_last", cfg.checkpoint.keep_last),
+        ("checkpoint.keep_every", cfg.checkpoint.keep_every),
+        ("optim.decay_steps", cfg.optim.decay_steps),
         ("logging.every", cfg.logging.every),
     ):
         if value is not None:

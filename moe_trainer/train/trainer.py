@@ -67,7 +67,8 @@ class Trainer:
         self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim)
         self.num_sparse_layers = cfg.model.num_layers - len(cfg.model.dense_layers)
         self.biased_routers = [m for m in self.model.modules() if isinstance(m, GroupedSigmoidRouter)]
-        self.checkpoints = CheckpointManager(self.run_folder / "checkpoints", cfg.checkpoint.keep_last)
+        keep = cfg.checkpoint.keep_last, cfg.checkpoint.keep_every
+        self.checkpoints = CheckpointManager(self.run_folder / "checkpoints", *keep)
         self.state = TrainState(cfg.seed, cfg.optim.schedule_steps or cfg.steps, self.loader.fingerprint())
 
     @property

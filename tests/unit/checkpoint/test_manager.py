@@ -164,6 +164,13 @@ def test_newest_write_survives_retention_behind_older_steps(tmp_path: Path) -> N
     assert {path.name for path in tmp_path.glob("step-*")} == {folder.name, "step-00000009"}
 
 
+def test_every_so_many_steps_one_is_kept(tmp_path: Path) -> None:
+    manager = CheckpointManager(tmp_path, 2, keep_every=4)
+    for step in range(1, 11):
+        manager.save(step, {"p": torch.ones(2)}, {})
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == [f"step-{step:08d}" for step in (4, 8, 9, 10)]
+
+
 @pytest.mark.parametrize("keep_last", [0, -1])
 def test_keep_last_must_be_positive(tmp_path: Path, keep_last: int) -> None:
     with pytest.raises(ConfigError, match=r"checkpoint\.keep_last"):

@@ -50,6 +50,16 @@ def test_linear_falls_like_torch(warmup_steps):
     assert [learning_rate(step, optim, 20) for step in range(warmup_steps, 25)] == pytest.approx(expected, rel=1e-9)
 
 
+@pytest.mark.parametrize(("decay_steps", "begins"), [(8, 12), (None, 18)])
+def test_warm_up_stable_decay(decay_steps, begins):
+    optim = OptimConfig(lr=LR, schedule=ScheduleName.wsd, warmup_steps=5, min_lr_ratio=0.2, decay_steps=decay_steps)
+    rates = [learning_rate(step, optim, 20) for step in range(25)]
+    assert set(rates[5 : begins + 1]) == {LR}
+    fall = 20 - begins
+    line = lambda chain: lr_scheduler.LinearLR(chain, start_factor=1.0, end_factor=0.2, total_iters=fall)  # noqa: E731
+    assert rates[begins:] == pytest.approx(rates_of(line, 25 - begins), rel=1e-9)
+
+
 def test_constant_is_exactly_the_rate():
     optim = OptimConfig(lr=LR, schedule=ScheduleName.constant, min_lr_ratio=0.1)
     assert {learning_rate(step, optim, 10) for step in range(30)} == {LR}
