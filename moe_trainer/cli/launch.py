@@ -51,6 +51,7 @@ def _launch(module: str, argv: list[str], nproc: int, stop: Path, lets_finish: b
     def end_ranks(signum: int, frame: FrameType | None) -> None:
         if lets_finish and not stop.exists():
             stop.touch()
+            print("stopping after the step at hand; once more to end at once", file=sys.stderr)
             return
         if received:
             agent.kill()

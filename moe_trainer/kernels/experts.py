@@ -52,6 +52,7 @@ class _SwigluExperts(torch.autograd.Function):
         product: Product,
     ) -> torch.Tensor:
         gate_up = product(gather_rows(x, routes), "gate_up_proj", gate_up_proj, routes.offsets)
+        top_k_weights = top_k_weights.contiguous()
         ctx.save_for_backward(x, top_k_weights, gate_up, gate_up_proj, down_proj)
         ctx.routes = routes
         rows = product(swiglu(gate_up, top_k_weights, routes), "down_proj", down_proj, routes.offsets)

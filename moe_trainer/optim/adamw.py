@@ -96,6 +96,11 @@ def optimizer_tensors(
     }
 
 
+def optimizer_step(optimizer: torch.optim.AdamW) -> int:
+    """Steps that moved the weights, read from the device."""
+    return int(next(iter(optimizer.state.values()))["step"])
+
+
 def set_optimizer_step(optimizer: torch.optim.AdamW, step: int) -> None:
     """Set the number of steps taken, which the bias correction uses, for every parameter."""
     for state in optimizer.state.values():

@@ -19,11 +19,13 @@ class TrainState:
     data_fingerprint: str
     """Of the tokenised samples."""
     step: int = 0
-    """Optimizer steps taken."""
+    """Steps taken."""
     samples: int = 0
     """Samples consumed: the position in the endless order."""
     tokens: int = 0
     """Labels learned from."""
+    skipped_steps: int = 0
+    """Steps that moved nothing, because the gradients were not finite; known when a checkpoint is saved."""
 
     def advance(self, samples: int, tokens: int) -> None:
         """Count one step."""
@@ -46,6 +48,7 @@ class TrainState:
             values = json.loads(text)
             if values["format"] != FORMAT:
                 raise ConfigError(f"state.json has format {values['format']}, this version reads {FORMAT}")
+            values.setdefault("skipped_steps", 0)  # older checkpoints
             return cls(**{name: values[name] for name in cls.__slots__})
         except (ValueError, KeyError, TypeError) as error:
             if isinstance(error, ConfigError):

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -19,6 +20,7 @@ class StopRequest:
 
     Under a launcher that tells by a file, signals keep their usual effect, so that a rank that hangs in a collective
     can be ended. Elsewhere the first SIGINT or SIGTERM is a request, and a second one ends the process at once.
+    torchrun kills its ranks 30 s after a signal: where a step and a save take longer, `max_minutes` is the way.
     """
 
     def __init__(self, file: Path | None = None, max_minutes: float | None = None) -> None:
@@ -33,7 +35,7 @@ class StopRequest:
         self._before: dict[int, signal.Handlers] = {}
 
     def __enter__(self) -> "StopRequest":
-        if self._file is None:
+        if self._file is None and threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
             }

@@ -26,7 +26,7 @@ from moe_trainer.models.registry import FAMILIES
 from moe_trainer.models.router import GroupedSigmoidRouter
 from moe_trainer.observe.flops import num_parameters
 from moe_trainer.observe.log import get_logger
-from moe_trainer.optim.adamw import build_adamw, optimizer_tensors, set_optimizer_step
+from moe_trainer.optim.adamw import build_adamw, optimizer_step, optimizer_tensors, set_optimizer_step
 from moe_trainer.optim.schedule import learning_rate, set_learning_rate
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_factor, grad_norm
@@ -148,14 +148,16 @@ class Trainer:
         norm = grad_norm(self.model.parameters())
         rate = learning_rate(self.state.step, self.cfg.optim, self.state.schedule_steps)
         set_learning_rate(self.optimizer, rate)
-        self.optimizer.step(clip_factor(norm, self.cfg.optim.max_grad_norm))
+        factor = clip_factor(norm, self.cfg.optim.max_grad_norm)
+        self.optimizer.step(factor)
         self.optimizer.zero_grad()
-        self._balance_experts(losses.expert_counts)
+        self._balance_experts(losses.expert_counts, factor.isfinite())
         self.state.advance(self.loader.global_batch_size, num_tokens)
         return StepMetrics(losses, norm, rate, num_tokens)
 
     def save(self) -> Path:
         """Publish a checkpoint of this step. Collective."""
+        self.state.skipped_steps = self.state.step - optimizer_step(self.optimizer)
         documents = {
             "state.json": self.state.to_json(
                 mesh=asdict(self.cfg.parallel), world_size=dist.get_world_size(), torch=torch.__version__
@@ -185,7 +187,7 @@ class Trainer:
                 "data.tokenizer, or export the weights and start from them with model.init_from"
             )
         load_tensors(checkpoint / TENSORS, self._tensors())
-        set_optimizer_step(self.optimizer, state.step)
+        set_optimizer_step(self.optimizer, state.step - state.skipped_steps)
         if self.cfg.optim.schedule_steps is not None:
             state.schedule_steps = self.cfg.optim.schedule_steps
         if state.seed != self.cfg.seed:
@@ -219,13 +221,14 @@ class Trainer:
             raise ConfigError(f"{checkpoint} holds another model: {', '.join(differing)}")
 
     @torch.no_grad()
-    def _balance_experts(self, counts: torch.Tensor) -> None:
-        """Move each expert's bias by a fixed step towards the mean load (Wang et al., 2024).
+    def _balance_experts(self, counts: torch.Tensor, is_finite: torch.Tensor) -> None:
+        """Move each expert's bias a fixed step towards the mean load (Wang et al., 2024), unless the step is skipped.
 
         `counts` [sparse layers, experts] are the global batch's, equal on every rank: so the biases stay equal.
         """
         for router, load in zip(self.biased_routers, counts, strict=bool(self.biased_routers)):
-            router.expert_bias += self.cfg.optim.expert_bias_rate * torch.sign(load.mean() - load)
+            move = self.cfg.optim.expert_bias_rate * torch.sign(load.mean() - load)
+            router.expert_bias += move.masked_fill(~is_finite, 0)
 
     def _seed_step(self) -> None:
         """Random numbers are a function of (seed, step, data rank): resuming needs no saved generator."""

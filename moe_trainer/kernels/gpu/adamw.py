@@ -1,5 +1,7 @@
 """AdamW in one pass over weight, gradient and moments."""
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -28,13 +30,43 @@ def adamw_(
     size = weight.numel()
     if size:
         grid = (triton.cdiv(size, _BLOCK),)
+        logs = (math.log(beta) if beta else -math.inf for beta in betas)
         _adamw[grid](
-            weight, grad, exp_avg, exp_avg_sq, step, factor, lr, *betas, eps, weight_decay, size, _BLOCK, num_warps=4
+            weight,
+            grad,
+            exp_avg,
+            exp_avg_sq,
+            step,
+            factor,
+            lr,
+            *betas,
+            *logs,
+            eps,
+            weight_decay,
+            size,
+            _BLOCK,
+            num_warps=4,
         )
 
 
 @triton.jit
-def _adamw(weight, grad, exp_avg, exp_avg_sq, step, factor, lr, beta1, beta2, eps, decay, size, BLOCK: tl.constexpr):
+def _adamw(
+    weight,
+    grad,
+    exp_avg,
+    exp_avg_sq,
+    step,
+    factor,
+    lr,
+    beta1,
+    beta2,
+    log_beta1,
+    log_beta2,
+    eps,
+    decay,
+    size,
+    BLOCK: tl.constexpr,
+):
     scale = tl.load(factor)
     if (scale == scale) & (tl.abs(scale) != float("inf")):
         at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -45,8 +77,9 @@ def _adamw(weight, grad, exp_avg, exp_avg_sq, step, factor, lr, beta1, beta2, ep
         v = tl.load(exp_avg_sq + at, mask=inside)
         m += (g - m) * (1 - beta1)
         v = beta2 * v + (1 - beta2) * g * g
-        correction1 = 1 - tl.exp2(count * tl.log2(beta1))
-        correction2 = 1 - tl.exp2(count * tl.log2(beta2))
+        # In float64: one minus nearly one.
+        correction1 = (1 - tl.exp(count.to(tl.float64) * log_beta1)).to(tl.float32)
+        correction2 = (1 - tl.exp(count.to(tl.float64) * log_beta2)).to(tl.float32)
         w = tl.load(weight + at, mask=inside)
         w -= lr * decay * w
         w -= lr / correction1 * m / (tl.sqrt(v / correction2) + eps)

@@ -37,7 +37,7 @@ def _statistics(logits, labels, highest, total, at_label, vocab: tl.constexpr, B
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         value = tl.load(row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, value)
+        higher = tl.maximum(peak, value, propagate_nan=tl.PropagateNan.ALL)  # not to lose it
         # A lane past the end of a short vocabulary has seen nothing: -inf minus -inf is no number.
         mass = tl.where(higher == float("-inf"), 0.0, mass * tl.exp(peak - higher) + tl.exp(value - higher))
         peak = higher

@@ -30,7 +30,7 @@ def _rotate(
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     position = token % seq
-    head = tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)
+    head = (tl.program_id(1) * HEIGHT + tl.arange(0, HEIGHT)).to(tl.int64)
     pair = tl.arange(0, HALF)
     is_pair = pair < width // 2
     inside = (head < heads)[:, None] & is_pair[None, :]
