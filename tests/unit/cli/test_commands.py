@@ -93,7 +93,7 @@ def test_help_names_every_recipe_and_key(capsys: pytest.CaptureFixture[str]) -> 
     for expected in (
         "+recipe=mixtral_tp_ep",
         "parallel=sp|sp_ep|tp|tp_ep",
-        "optim.schedule=cosine  (constant|linear|cosine)",
+        "optim.schedule=cosine  (constant|linear|cosine|wsd)",
         "parallel.fsdp=-1  (int)\n      Data-parallel ranks that shard the parameters; -1 takes what is left",
         "checkpoint.resume=none  (str)",
     ):
@@ -117,7 +117,8 @@ def test_under_torchrun_rank_0_speaks_alone(
 def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str], int]]:
     calls: list[tuple[str, list[str], int]] = []
 
-    def record(module: str, argv: list[str], nproc: int) -> int:
+    def record(module: str, argv: list[str], nproc: int, lets_finish: bool = False) -> int:
+        assert lets_finish is (module == "moe_trainer.cli.train")  # only a training run has something to save
         calls.append((module, argv, nproc))
         return 7
 
