@@ -23,6 +23,7 @@ from moe_trainer.config.validate import validate
 from moe_trainer.data.loader import Batch
 from moe_trainer.observe.flops import flops_per_token, num_parameters, peak_flops
 from moe_trainer.parallel.process_group import process_group
+from moe_trainer.parallel.shards import local_part
 from moe_trainer.train.trainer import Trainer
 
 
@@ -93,7 +94,7 @@ def _print_row(cfg: Config, trainer: Trainer, seconds: list[float], overrides: l
     on_gpu = trainer.device.type == "cuda"
     name = torch.cuda.get_device_name(trainer.device) if on_gpu else "CPU"
     peak = peak_flops(name)
-    states = sum(t.untyped_storage().nbytes() for t in _local_tensors(trainer)) / 2**30
+    states = sum(local_part(t).untyped_storage().nbytes() for t in trainer._tensors().values()) / 2**30
     memory = torch.cuda.max_memory_allocated(trainer.device) / 2**30 if on_gpu else float("nan")
     mfu = f"{flops / median / peak:.1%}" if peak else "-"
     print(f"{dist.get_world_size()} x {name}, torch {torch.__version__}, {num_parameters(cfg.model)[0]:,} parameters")
@@ -103,10 +104,6 @@ def _print_row(cfg: Config, trainer: Trainer, seconds: list[float], overrides: l
         f"| {' '.join(overrides)} | {speed} | {min(seconds) * 1e3:.1f} | {memory:.1f} | {states:.1f} |",
         flush=True,
     )
-
-
-def _local_tensors(trainer: Trainer) -> list[torch.Tensor]:
-    return [getattr(tensor, "_local_tensor", tensor) for tensor in trainer._tensors().values()]
 
 
 def _profile(trainer: Trainer) -> None:

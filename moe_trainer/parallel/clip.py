@@ -34,15 +34,6 @@ def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
     return factor.masked_fill(~norm.isfinite(), torch.nan)
 
 
-def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
-    """Scale all gradients in place so that their global norm is at most `max_norm`; returns the norm before."""
-    parameters = list(parameters)
-    norm = grad_norm(parameters)
-    grads = [local_part(parameter.grad) for parameter in parameters if parameter.grad is not None]
-    torch._foreach_mul_(grads, clip_factor(norm, max_norm))
-    return norm
-
-
 def _copies(parameter: nn.Parameter) -> int:
     """How many ranks of the world hold the same shard."""
     world = dist.get_world_size() if dist.is_initialized() else 1

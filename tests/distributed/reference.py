@@ -17,7 +17,7 @@ from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.models.router import GroupedSigmoidRouter
 from moe_trainer.parallel.apply import build_model
-from moe_trainer.parallel.clip import clip_grad_norm
+from moe_trainer.parallel.clip import clip_factor, grad_norm
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import Meshes, build_meshes
@@ -215,6 +215,16 @@ def train_plain(case: Case) -> Outcome:
         clip=torch.nn.utils.clip_grad_norm_,
         whole=lambda tensors: {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()},
     )
+
+
+def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float) -> torch.Tensor:
+    """Scale all gradients in place, as the trainer's optimizer does on its way; the norm before."""
+    parameters = list(parameters)
+    norm = grad_norm(parameters)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            local_part(parameter.grad).mul_(clip_factor(norm, max_norm))
+    return norm
 
 
 def train_parallel(case: Case) -> Outcome | None:

@@ -14,12 +14,11 @@ from torch import nn
 
 from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.parallel import collectives
-from moe_trainer.parallel.clip import clip_grad_norm
 from moe_trainer.parallel.cross_entropy import IGNORED_LABEL, cross_entropy_sum
 from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
-from tests.distributed.reference import MODEL, Case, batches, plain_model, sharded_model
+from tests.distributed.reference import MODEL, Case, batches, clip_grad_norm, plain_model, sharded_model
 
 WORLD = 3
 SIZES = ([2, 2, 2], [3, 2, 0], [0, 5, 1])
