@@ -6,7 +6,7 @@ gradient is a row's inner product there and the experts' outputs need not be kep
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,22 @@ Product = Callable[[torch.Tensor, str, torch.Tensor, torch.Tensor], torch.Tensor
 """(rows, name of the weight, weight, offsets) -> rows; `Experts.product`."""
 
 
+class Exchange(Protocol):
+    """Gives each rank the tokens of all, and each rank the sum of its tokens' gradients, while other work goes on."""
+
+    def start(self, x: torch.Tensor) -> None:
+        """Begin with this rank's tokens [tokens, hidden]."""
+
+    def tokens(self) -> torch.Tensor:
+        """Those of all ranks; waits for what was begun last."""
+
+    def start_sum(self, grad: torch.Tensor) -> None:
+        """Begin to sum the gradients of all ranks' tokens."""
+
+    def sum(self) -> torch.Tensor:
+        """The sum for this rank's tokens; waits."""
+
+
 def swiglu_experts(
     x: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -26,6 +42,7 @@ def swiglu_experts(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     product: Product,
+    exchange: Exchange | None = None,
 ) -> torch.Tensor:
     """`sum_k weight_k * down(silu(gate(x)) * up(x))` over each token's experts: [tokens, hidden] -> the same.
 
@@ -36,8 +53,10 @@ def swiglu_experts(
         gate_up_proj: [experts, 2, intermediate, hidden].
         down_proj: [experts, hidden, intermediate].
         product: multiplies in the forward pass; the backward pass needs weights as they are.
+        exchange: begun with `x`: all but `x` and its gradient are then about the tokens of all ranks. The backward
+            pass gathers them again beside its first product, and sums their gradients beside its last.
     """
-    return _SwigluExperts.apply(x, top_k_weights, routes, gate_up_proj, down_proj, product)
+    return _SwigluExperts.apply(x, top_k_weights, routes, gate_up_proj, down_proj, product, exchange)
 
 
 class _SwigluExperts(torch.autograd.Function):
@@ -50,11 +69,13 @@ class _SwigluExperts(torch.autograd.Function):
         gate_up_proj: torch.Tensor,
         down_proj: torch.Tensor,
         product: Product,
+        exchange: Exchange | None,
     ) -> torch.Tensor:
-        gate_up = product(gather_rows(x, routes), "gate_up_proj", gate_up_proj, routes.offsets)
+        tokens = x if exchange is None else exchange.tokens()
+        gate_up = product(gather_rows(tokens, routes), "gate_up_proj", gate_up_proj, routes.offsets)
         top_k_weights = top_k_weights.contiguous()
         ctx.save_for_backward(x, top_k_weights, gate_up, gate_up_proj, down_proj)
-        ctx.routes = routes
+        ctx.routes, ctx.exchange = routes, exchange
         rows = product(swiglu(gate_up, top_k_weights, routes), "down_proj", down_proj, routes.offsets)
         return sum_pairs(rows, routes)
 
@@ -62,17 +83,45 @@ class _SwigluExperts(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, top_k_weights, gate_up, gate_up_proj, down_proj = ctx.saved_tensors
         routes: Routes = ctx.routes
+        exchange: Exchange | None = ctx.exchange
         offsets = routes.offsets
+        if exchange is not None and ctx.needs_input_grad[3]:
+            exchange.start(x)
         grad_out = gather_rows(grad, routes)  # [rows, hidden]
         grad_activated = multiply(grad_out, down_proj, offsets)
         grad_gate_up, activated, grad_weights = swiglu_backward(gate_up, grad_activated, top_k_weights, routes)
-        grad_down = outer(grad_out, activated, offsets)
+        # A frozen weight needs no gradient.
+        grad_down = outer(grad_out, activated, offsets) if ctx.needs_input_grad[4] else None
         del grad_out, grad_activated, activated
         grad_rows = multiply(grad_gate_up, gate_up_proj.flatten(1, 2), offsets)
         grad_x = sum_pairs(grad_rows, routes)
         del grad_rows
-        grad_gate_up_proj = outer(grad_gate_up, gather_rows(x, routes), offsets).view_as(gate_up_proj)
-        return grad_x, grad_weights, None, grad_gate_up_proj, grad_down, None
+        grad_gate_up_proj = None
+        if exchange is not None:
+            exchange.start_sum(grad_x)
+        if ctx.needs_input_grad[3]:
+            tokens = x if exchange is None else exchange.tokens()
+            grad_gate_up_proj = outer(grad_gate_up, gather_rows(tokens, routes), offsets).view_as(gate_up_proj)
+        if exchange is not None:
+            grad_x = exchange.sum()
+        return grad_x, grad_weights, None, grad_gate_up_proj, grad_down, None, None
+
+
+def exchanged(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """This rank's tokens [tokens, hidden], with which the exchange has begun -> those of all ranks."""
+    return _Exchanged.apply(x, exchange)
+
+
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        ctx.exchange = exchange
+        return exchange.tokens()
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        ctx.exchange.start_sum(grad)
+        return ctx.exchange.sum(), None
 
 
 def swiglu(gate_up: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:

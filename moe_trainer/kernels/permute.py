@@ -23,9 +23,26 @@ class Routes(NamedTuple):
     top_k: int
     """Pairs of each token."""
 
-    def trimmed(self) -> "Routes":
-        """Without the rows of no expert; their number is read on the host."""
-        return self._replace(order=self.order[: int(self.offsets[-1])])
+    def trimmed(self, num_rows: "HostCount | None") -> "Routes":
+        """Without the rows of no expert, of which `offsets[-1]` is the first; None: with them."""
+        return self if num_rows is None else self._replace(order=self.order[: num_rows.read()])
+
+
+class HostCount:
+    """A number on its way from the device to the host, so that the device has other work while the host waits."""
+
+    def __init__(self, count: torch.Tensor) -> None:
+        """`count`: scalar."""
+        self._count = count.to("cpu", non_blocking=True)
+        self._arrived = torch.cuda.Event() if count.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> int:
+        """The number; waits for it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return int(self._count)
 
 
 def tokens_per_expert(index: torch.Tensor, num_experts: int) -> torch.Tensor:
@@ -39,7 +56,7 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Routes:
     """Stable sort of the pairs by expert.
 
     Args:
-        top_k_index: [tokens, top_k]; `num_experts` stands for an expert that is not here, whose pairs come last.
+        top_k_index: [tokens, top_k]; from `num_experts` on the expert is not here, and its pairs come last.
     """
     # Narrow keys: a radix sort passes over them a byte at a time.
     experts, order = top_k_index.flatten().short().sort(stable=True)

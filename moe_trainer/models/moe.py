@@ -1,11 +1,13 @@
 """The sparse feed-forward layer: a router chooses `top_k` of `num_experts` experts for each token."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from moe_trainer.kernels.experts import swiglu_experts
+from moe_trainer.kernels.experts import Exchange, exchanged, swiglu_experts
 from moe_trainer.kernels.grouped_gemm import grouped_linear
 from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
+from moe_trainer.models.capacity import within_capacity
 from moe_trainer.models.router import Router, Routing
 
 
@@ -19,11 +21,16 @@ class Experts(nn.Module):
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int) -> None:
         super().__init__()
         self.num_experts = num_experts
+        self.lora_scale = 1.0
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
     def forward(self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        return self.compute(x, top_k_index, top_k_weights, dict(self.named_parameters(recurse=False)))
+        return self.compute(x, top_k_index, top_k_weights, self.weights())
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The parameters by name, as `compute` wants them."""
+        return dict(self.named_parameters(recurse=False))
 
     def compute(
         self,
@@ -31,34 +38,57 @@ class Experts(nn.Module):
         top_k_index: torch.Tensor,
         top_k_weights: torch.Tensor,
         weights: dict[str, torch.Tensor],
-        trim: bool = False,
     ) -> torch.Tensor:
         """[tokens, hidden] -> [tokens, hidden], the weighted sum over each token's experts among those given.
 
         Args:
             x: [tokens, hidden].
-            top_k_index: [tokens, top_k] into the given weights; their number stands for an expert that is elsewhere.
+            top_k_index: [tokens, top_k] into the given weights; numbers past them are experts elsewhere.
             top_k_weights: [tokens, top_k].
             weights: the experts' parameters by name, of all experts or of those of this rank.
-            trim: hold no memory for pairs whose expert is elsewhere, for one read on the host.
         """
-        routes = sort_by_expert(top_k_index, len(weights["down_proj"]))
-        return self.compute_routes(x, routes.trimmed() if trim else routes, top_k_weights, **weights)
+        return self.compute_routes(x, sort_by_expert(top_k_index, len(weights["down_proj"])), top_k_weights, weights)
 
     def compute_routes(
         self,
         x: torch.Tensor,
         routes: Routes,
         top_k_weights: torch.Tensor,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+        exchange: Exchange | None = None,
     ) -> torch.Tensor:
-        """As `compute`, with the pairs sorted."""
-        return swiglu_experts(x, top_k_weights, routes, gate_up_proj, down_proj, self.product)
+        """As `compute`, with the pairs sorted. With an exchange, which has begun with `x`, routes and result are
+        about the tokens of all ranks."""
+        if any("_lora_" in name for name in weights):
+            return self.compute_by_products(
+                x if exchange is None else exchanged(x, exchange), routes, top_k_weights, weights
+            )
+        gate_up_proj, down_proj = weights["gate_up_proj"], weights["down_proj"]
+        return swiglu_experts(x, top_k_weights, routes, gate_up_proj, down_proj, self.product, exchange)
+
+    def compute_by_products(
+        self, x: torch.Tensor, routes: Routes, top_k_weights: torch.Tensor, weights: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """The same to the last bit in plain operations, which differentiate whatever a product is made of."""
+        gate_up = self.adapted_product(permute(x, routes), "gate_up_proj", weights, routes.offsets)
+        of_rows = permute(top_k_weights.view(-1, 1), routes._replace(top_k=1))  # [rows, 1]
+        gate, up = gate_up.to(of_rows.dtype).chunk(2, dim=-1)
+        activated = (F.silu(gate) * up * of_rows).to(gate_up.dtype)
+        return combine(self.adapted_product(activated, "down_proj", weights, routes.offsets), routes)
 
     def product(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Sorted rows [rows, in] times the weight of this name, gate before up: [rows, out]."""
         return grouped_linear(rows, weight.flatten(1, -2), offsets)
+
+    def adapted_product(
+        self, rows: torch.Tensor, name: str, weights: dict[str, torch.Tensor], offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """As `product`, and what the experts' adapters, where there are any, add: see `models.lora`."""
+        out = self.product(rows, name, weights[name], offsets)
+        a, b = (weights.get(f"{name.removesuffix('_proj')}_lora_{half}") for half in "ab")
+        if a is None:
+            return out
+        return out + self.lora_scale * grouped_linear(grouped_linear(rows, a, offsets), b.flatten(1, -2), offsets)
 
 
 class ClampedExperts(Experts):
@@ -78,21 +108,28 @@ class ClampedExperts(Experts):
         x: torch.Tensor,
         routes: Routes,
         top_k_weights: torch.Tensor,
-        gate_up_proj: torch.Tensor,
-        down_proj: torch.Tensor,
-        gate_up_bias: torch.Tensor,
-        down_bias: torch.Tensor,
+        weights: dict[str, torch.Tensor],
+        exchange: Exchange | None = None,
     ) -> torch.Tensor:
-        """As `compute`, with the pairs sorted."""
+        """As `compute`, with the pairs sorted; see there for `exchange`."""
+        return self.compute_by_products(
+            x if exchange is None else exchanged(x, exchange), routes, top_k_weights, weights
+        )
+
+    def compute_by_products(
+        self, x: torch.Tensor, routes: Routes, top_k_weights: torch.Tensor, weights: dict[str, torch.Tensor]
+    ) -> torch.Tensor:
+        """As `compute_routes`, of the tokens that the routes are about."""
         rows = permute(x, routes)
         experts = torch.bucketize(torch.arange(len(rows), device=rows.device), routes.offsets, right=True)
-        gate_up = self.product(rows, "gate_up_proj", gate_up_proj, routes.offsets)
-        gate, up = (gate_up + _of_rows(gate_up_bias.flatten(1), experts)).chunk(2, dim=-1)
+        gate_up = self.adapted_product(rows, "gate_up_proj", weights, routes.offsets)
+        gate, up = (gate_up + _of_rows(weights["gate_up_bias"].flatten(1), experts)).chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         activated = (up + 1) * gate * torch.sigmoid(gate * self.alpha)
-        out = self.product(activated, "down_proj", down_proj, routes.offsets) + _of_rows(down_bias, experts)
-        weights = permute(top_k_weights.view(-1, 1), routes._replace(top_k=1))  # [rows, 1]
-        return combine((out * weights).to(x.dtype), routes)
+        out = self.adapted_product(activated, "down_proj", weights, routes.offsets)
+        out = out + _of_rows(weights["down_bias"], experts)
+        of_rows = permute(top_k_weights.view(-1, 1), routes._replace(top_k=1))  # [rows, 1]
+        return combine((out * of_rows).to(x.dtype), routes)
 
 
 def _of_rows(bias: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
@@ -103,15 +140,30 @@ def _of_rows(bias: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
 class SparseMoeBlock(nn.Module):
     """Router and experts in place of a dense MLP; a shared expert, if any, sees every token (DeepSeekMoE, 2024)."""
 
-    def __init__(self, gate: Router, experts: Experts, shared_experts: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        gate: Router,
+        experts: Experts,
+        shared_experts: nn.Module | None = None,
+        capacity_factor: float | None = None,
+    ) -> None:
+        """`capacity_factor`: see `within_capacity`; None: no expert turns a token away."""
         super().__init__()
         self.gate = gate
         self.experts = experts
         self.shared_experts = shared_experts
+        self.capacity_factor = capacity_factor
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, Routing]:
         """[batch, seq, hidden] -> the same, and the routing of its batch * seq tokens."""
         tokens = x.flatten(0, 1)
         routing = self.gate(tokens)
-        out = self.experts(tokens, routing.top_k_index, routing.top_k_weights).view_as(x)
+        index = routing.top_k_index
+        if self.capacity_factor is not None and torch.is_grad_enabled():  # in training alone
+            index = self.limit(index.view(*x.shape[:2], index.shape[1])).flatten(0, 1)
+        out = self.experts(tokens, index, routing.top_k_weights).view_as(x)
         return (out if self.shared_experts is None else out + self.shared_experts(x)), routing
+
+    def limit(self, top_k_index: torch.Tensor) -> torch.Tensor:
+        """The choices [batch, seq, top_k] of all positions, without those beyond an expert's capacity."""
+        return within_capacity(top_k_index, self.experts.num_experts, self.capacity_factor)

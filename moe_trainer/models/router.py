@@ -7,8 +7,9 @@ lose bits.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import nn
+
+from moe_trainer.kernels.router_gemm import router_logits
 
 
 class Routing(NamedTuple):
@@ -42,9 +43,8 @@ class Router(nn.Module):
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Routing:
         """x: [tokens, hidden]."""
-        wide = torch.promote_types(x.dtype, torch.float32)
-        logits = F.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))
-        return self.choose(logits)
+        logits = router_logits(x, weight)
+        return self.choose(logits if bias is None else logits + bias.to(logits.dtype))
 
     def choose(self, logits: torch.Tensor) -> Routing:
         """Logits [tokens, num_experts] -> the routing."""

@@ -1,5 +1,6 @@
 """Clipping by the global norm of gradients that live on different meshes."""
 
+from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
@@ -17,19 +18,25 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     all-reduce of one number over all ranks makes the global sum. Nothing is read on the host.
     """
     # Every parameter has a gradient after a backward pass, zero for an expert without tokens.
-    with_grad = [parameter for parameter in parameters if parameter.grad is not None]
-    norms = torch.stack(torch._foreach_norm([local_part(parameter.grad) for parameter in with_grad]))
-    norms = norms.to(torch.promote_types(norms.dtype, torch.float32))
-    copies = torch.tensor([_copies(parameter) for parameter in with_grad], dtype=norms.dtype)
-    total = (norms.square() / copies.to(norms.device, non_blocking=True)).sum()
+    groups: dict[tuple[torch.dtype, int], list[torch.Tensor]] = defaultdict(list)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups[parameter.grad.dtype, _copies(parameter)].append(local_part(parameter.grad))
+    total = torch.stack([_sum_of_squares(grads) / copies for (_, copies), grads in groups.items()]).sum()
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.sqrt()
 
 
-def clip_factor(norm: torch.Tensor, max_norm: float) -> torch.Tensor:
+def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """Of tensors of one type, in float32 at least."""
+    wide = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(tensors, dtype=wide)).square().sum()
+
+
+def clip_factor(norm: torch.Tensor, max_norm: float | torch.Tensor) -> torch.Tensor:
     """What gradients of this norm are multiplied by to have at most `max_norm` (Pascanu et al., 2013); not a number
-    where the norm is not finite, which no factor mends."""
+    where the norm is not finite, which no factor mends, or the maximum is not a number."""
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     return factor.masked_fill(~norm.isfinite(), torch.nan)
 

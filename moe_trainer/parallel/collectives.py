@@ -4,6 +4,9 @@ Shards may be uneven: `sizes` gives every rank's length along the dim. The paddi
 collective itself needs is added and removed here, so it exists nowhere else.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch.autograd.function import FunctionCtx
@@ -52,25 +55,54 @@ def _sum(x: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
     return x
 
 
-def _concatenate(x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup) -> torch.Tensor:
+class Pending(NamedTuple):
+    """A collective under way."""
+
+    work: dist.Work | None
+    """None if it is done, as far as the device's order of work goes."""
+    finish: Callable[[], torch.Tensor]
+    sent: torch.Tensor
+    """Kept until the end: its memory is being read."""
+
+    def wait(self) -> torch.Tensor:
+        """The result, for what is queued from now on."""
+        if self.work is not None:
+            self.work.wait()
+        return self.finish()
+
+
+def start_all_gather(x: torch.Tensor, sizes: list[int], group: ProcessGroup, async_op: bool = True) -> Pending:
+    """Begin to concatenate the ranks' parts along dim 0, outside autograd."""
     longest = max(sizes)
-    part = _pad(x, dim, longest).movedim(dim, 0).contiguous()
+    part = _pad(x, 0, longest).contiguous()
     whole = part.new_empty(len(sizes) * longest, *part.shape[1:])
-    _all_gather_single(whole, part, group=group)
+    work = _all_gather_single(whole, part, group=group, async_op=async_op)
+
+    def finish() -> torch.Tensor:
+        if min(sizes) == longest:
+            return whole
+        return torch.cat([chunk[:size] for chunk, size in zip(whole.split(longest), sizes, strict=True)])
+
+    return Pending(work, finish, part)
+
+
+def start_reduce_scatter(x: torch.Tensor, sizes: list[int], group: ProcessGroup, async_op: bool = True) -> Pending:
+    """Begin to sum over the group; the result is this rank's part along dim 0. Outside autograd."""
+    longest, size = max(sizes), sizes[group.rank()]
     if min(sizes) < longest:
-        whole = torch.cat([chunk[:size] for chunk, size in zip(whole.split(longest), sizes, strict=True)])
-    return _from_front(whole, dim)
+        x = torch.cat([_pad(chunk, 0, longest) for chunk in x.split(sizes)])
+    whole = x.contiguous()
+    part = whole.new_empty(longest, *whole.shape[1:])
+    work = _reduce_scatter_single(part, whole, group=group, async_op=async_op)
+    return Pending(work, lambda: part if size == longest else part[:size].clone(), whole)
+
+
+def _concatenate(x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup) -> torch.Tensor:
+    return _from_front(start_all_gather(x.movedim(dim, 0), sizes, group, async_op=False).wait(), dim)
 
 
 def _sum_part(x: torch.Tensor, dim: int, sizes: list[int], group: ProcessGroup) -> torch.Tensor:
-    longest = max(sizes)
-    whole = x.movedim(dim, 0)
-    if min(sizes) < longest:
-        whole = torch.cat([_pad(chunk, 0, longest) for chunk in whole.split(sizes)])
-    part = whole.new_empty(longest, *whole.shape[1:])
-    _reduce_scatter_single(part, whole.contiguous(), group=group)
-    size = sizes[group.rank()]
-    return _from_front(part if size == longest else part[:size].clone(), dim)
+    return _from_front(start_reduce_scatter(x.movedim(dim, 0), sizes, group, async_op=False).wait(), dim)
 
 
 def _from_front(x: torch.Tensor, dim: int) -> torch.Tensor:

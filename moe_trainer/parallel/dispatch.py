@@ -1,4 +1,4 @@
-"""Tokens to the ranks that hold their experts, and back (GShard, Lepikhin et al., 2020; here without a capacity).
+"""Tokens to the ranks that hold their experts, and back (GShard, Lepikhin et al., 2020).
 
 Two ways. *All-to-all* sends each (token, expert) pair to its expert's rank: `top_k` rows a token, whatever the number
 of ranks. *All-gather* sends every token to every rank, which picks its own pairs, and a reduce-scatter sums what they
@@ -11,26 +11,63 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from moe_trainer.kernels.permute import combine, permute, sort_by_expert
-from moe_trainer.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from moe_trainer.kernels.permute import HostCount, Routes, combine, permute, sort_by_expert
+from moe_trainer.parallel.collectives import (
+    Pending,
+    all_gather,
+    all_to_all,
+    reduce_scatter,
+    start_all_gather,
+    start_reduce_scatter,
+)
 
-Compute = Callable[..., torch.Tensor]
-"""(x [tokens, hidden], top_k_index into the rank's experts, top_k_weights, trim) -> [tokens, hidden]."""
+
+class TokenExchange:
+    """The tokens of all ranks to each, and the sum of their gradients back, beside other work (see `Exchange`)."""
+
+    def __init__(self, sizes: list[int], group: ProcessGroup) -> None:
+        """`sizes`: tokens of each rank."""
+        self._sizes, self._group = sizes, group
+        self._gathering: Pending | None = None
+        self._summing: Pending | None = None
+
+    def start(self, x: torch.Tensor) -> None:
+        """Begin to gather this rank's [tokens, hidden]."""
+        self._gathering = start_all_gather(x, self._sizes, self._group)
+
+    def tokens(self) -> torch.Tensor:
+        """What was gathered, [tokens of all ranks, hidden]."""
+        pending, self._gathering = self._gathering, None
+        return pending.wait()
+
+    def start_sum(self, grad: torch.Tensor) -> None:
+        """Begin to sum gradients of all ranks' tokens."""
+        self._summing = start_reduce_scatter(grad, self._sizes, self._group)
+
+    def sum(self) -> torch.Tensor:
+        """The sum for this rank's tokens."""
+        pending, self._summing = self._summing, None
+        return pending.wait()
 
 
 def local_index(top_k_index: torch.Tensor, num_experts: int, group: ProcessGroup) -> torch.Tensor:
-    """Global expert numbers -> this rank's own, their number for experts of other ranks.
+    """Global expert numbers -> this rank's own from 0 on, and past them those of other ranks.
 
-    Experts are dealt in blocks: rank r holds experts `r * num_experts / ranks` and on.
+    Experts are dealt in blocks: rank r holds experts `r * num_experts / ranks` and on. `num_experts`, which stands
+    for no expert, stays as it is.
     """
-    num_local_experts = num_experts // group.size()
-    index = top_k_index - group.rank() * num_local_experts
-    elsewhere = (index < 0) | (index >= num_local_experts)
-    return index.masked_fill(elsewhere, num_local_experts)
+    local = (top_k_index - group.rank() * (num_experts // group.size())) % num_experts
+    return local.masked_fill(top_k_index == num_experts, num_experts)
+
+
+def held_rows(index: torch.Tensor, num_experts: int, group: ProcessGroup) -> HostCount | None:
+    """How many pairs `local_index` left to this rank: in training, where rows are kept for the backward pass, memory
+    for all pairs would be several times what is needed. Counted before the tokens are gathered, which hides it."""
+    return HostCount((index < num_experts // group.size()).sum()) if torch.is_grad_enabled() else None
 
 
 def gathered_experts(
-    compute: Compute,
+    compute: Callable[[torch.Tensor, Routes, torch.Tensor, TokenExchange], torch.Tensor],
     x: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
@@ -41,25 +78,31 @@ def gathered_experts(
     """All-gather, the rank's own experts, reduce-scatter; backward is the same in reverse.
 
     Args:
+        compute: `Experts.compute_routes` with the rank's weights.
         x: [tokens, hidden] of this rank; no tokens are fine.
         top_k_index: [tokens, top_k], global expert numbers.
         top_k_weights: [tokens, top_k].
         sizes: tokens of each rank.
     """
-    x, top_k_index, top_k_weights = (all_gather(t, 0, sizes, group) for t in (x, top_k_index, top_k_weights))
-    out = compute(x, local_index(top_k_index, num_experts, group), top_k_weights, trim=torch.is_grad_enabled())
-    return reduce_scatter(out, 0, sizes, group)
+    index = local_index(all_gather(top_k_index, 0, sizes, group), num_experts, group)
+    num_rows = held_rows(index, num_experts, group)
+    top_k_weights = all_gather(top_k_weights, 0, sizes, group)
+    exchange = TokenExchange(sizes, group)
+    exchange.start(x.detach())
+    routes = sort_by_expert(index, num_experts // group.size()).trimmed(num_rows)
+    return reduce_scatter(compute(x, routes, top_k_weights, exchange), 0, sizes, group)
 
 
 def exchanged_experts(
-    compute: Compute,
+    compute: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor],
     x: torch.Tensor,
     top_k_index: torch.Tensor,
     top_k_weights: torch.Tensor,
     num_experts: int,
     group: ProcessGroup,
 ) -> torch.Tensor:
-    """Two all-to-alls around the experts; backward makes two. Arguments as `gathered_experts`.
+    """Two all-to-alls around the experts; backward makes two. Arguments as `gathered_experts`, but for `compute`,
+    which is given rows, the local expert of each, [rows, 1], and its weight, [rows, 1].
 
     Pairs sorted by expert are sorted by rank. The split sizes are read on the host, once; nothing else waits.
     """
@@ -71,6 +114,7 @@ def exchanged_experts(
     dist.all_to_all_single(received_counts, sent_counts, group=group)
     counts = torch.stack((sent_counts, received_counts)).view(2, ranks, local_experts)
     sent_sizes, received_sizes = counts.sum(-1).tolist()
+    routes = routes._replace(order=routes.order[: sum(sent_sizes)])  # less what is beyond an expert's capacity
 
     rows = all_to_all(permute(x, routes), received_sizes, sent_sizes, group)
     weights = permute(top_k_weights.reshape(-1, 1), routes._replace(top_k=1))

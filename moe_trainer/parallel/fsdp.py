@@ -8,27 +8,28 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_trainer.kernels.cast import cast_weight
 from moe_trainer.models.decoder import DecoderLayer
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.router import Router
+from moe_trainer.parallel.compute_copy import compute_copy
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_part
-from moe_trainer.parallel.styles import local_weight
 
 PRECISE = (RMSNorm, Router)
 """Modules that compute in float32 at least, and keep their weights so."""
 
 
-def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> None:
-    """Wrap each layer's experts, its norms and router, and its rest, then embedding, final norm and head, as groups.
+def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, reshard: bool = False) -> None:
+    """Wrap each layer's experts, all norms and routers, each layer's rest, then embedding and head, as groups.
 
-    Norms and router stay in the master type: they compute in it anyway, and the sum of their gradients over `tp`
-    runs in the type of the parameters. Gradients are summed, not averaged: the loss is divided once by the tokens of
-    the whole batch, so experts, which meet the tokens of several data ranks, need no factor of their own. Experts
-    that no other data rank holds are left to themselves: FSDP would copy their weights and gradients several times.
+    Norms and routers stay in the master type: they compute in it anyway, and the sum of their gradients over `tp`
+    runs in the type of the parameters. They are small, so one group gathers those of all layers at once. A layer's
+    rest, in an MoE model a small share of it, stays whole from its forward to its backward pass, unless `reshard`;
+    experts do not. Gradients are summed, not averaged: the loss is divided once by the tokens of the whole batch, so
+    experts, which meet the tokens of several data ranks, need no factor of their own. Experts that no other data rank
+    holds are left to themselves: FSDP would copy their weights and gradients several times.
     """
     compute = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
     master = MixedPrecisionPolicy(precision.master, precision.reduce, cast_forward_inputs=False)
@@ -44,10 +45,12 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision) -> N
             elif isinstance(experts, Experts):
                 placement = expert_shard_dim(experts, expert)
                 fully_shard(experts, mesh=expert, mp_policy=compute, shard_placement_fn=placement)
-        precise = [module for module in layer.modules() if isinstance(module, PRECISE)]
-        fully_shard(precise, mesh=dense, mp_policy=master)
-        fully_shard(layer, mesh=dense, mp_policy=compute, ignored_params=alone)
-    fully_shard(model.model.norm, mesh=dense, mp_policy=master)
+    precise = [module for module in model.model.layers.modules() if isinstance(module, PRECISE)]
+    fully_shard(precise, mesh=dense, mp_policy=master, reshard_after_forward=False)
+    fully_shard(model.model.norm, mesh=dense, mp_policy=master)  # apart: not run again by activation checkpointing
+    for layer in model.modules():
+        if isinstance(layer, DecoderLayer):
+            fully_shard(layer, mesh=dense, mp_policy=compute, ignored_params=alone, reshard_after_forward=reshard)
     if not model.is_tied:  # a tied weight stays in the last group, which spans both uses
         fully_shard(model.model.embed_tokens, mesh=dense, mp_policy=compute)
         fully_shard(model.lm_head, mesh=dense, mp_policy=compute, reshard_after_forward=False)
@@ -65,24 +68,12 @@ def is_alone(experts: Experts, mesh: DeviceMesh) -> bool:
 
 
 def cast_experts(experts: Experts, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Compute with copies of the master weights in `dtype`, whose gradients arrive at the masters in their type."""
+    """Compute with copies of the master weights in `dtype`."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
         if not isinstance(parameter, DTensor):  # one kind of parameter for the optimizer
             sharded = DTensor.from_local(parameter.data, mesh, [Shard(0)] * mesh.ndim, run_check=False)
-            setattr(experts, name, nn.Parameter(sharded))
-    compute = experts.compute
-
-    def cast(
-        x: torch.Tensor,
-        top_k_index: torch.Tensor,
-        top_k_weights: torch.Tensor,
-        weights: dict[str, torch.Tensor],
-        trim: bool = False,
-    ) -> torch.Tensor:
-        local = {name: cast_weight(local_weight(weight), dtype) for name, weight in weights.items()}
-        return compute(x, top_k_index, top_k_weights, local, trim)
-
-    experts.compute = cast
+            setattr(experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+    experts.weights = lambda: {n: compute_copy(p, dtype) for n, p in experts.named_parameters(recurse=False)}
 
 
 def expert_shard_dim(experts: Experts, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard] | None:
@@ -94,5 +85,6 @@ def expert_shard_dim(experts: Experts, mesh: DeviceMesh) -> Callable[[nn.Paramet
     if mesh.size(mesh.ndim - 1) <= num_local_experts:
         return None
     hidden_dims = {"gate_up_proj": 3, "down_proj": 1, "gate_up_bias": 2, "down_bias": 1}
+    hidden_dims |= {"gate_up_lora_a": 2, "gate_up_lora_b": 2, "down_lora_a": 2, "down_lora_b": 1}
     dims = {id(parameter): hidden_dims[name] for name, parameter in experts.named_parameters(recurse=False)}
     return lambda parameter: Shard(dims[id(parameter)])

@@ -9,6 +9,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_trainer.config.schema import Dispatch, ParallelConfig
+from moe_trainer.kernels.experts import Exchange, exchanged
+from moe_trainer.kernels.permute import Routes
 from moe_trainer.models.attention import Attention
 from moe_trainer.models.decoder import DecoderLayer
 from moe_trainer.models.moe import Experts, SparseMoeBlock
@@ -39,16 +41,23 @@ def check_round_trip(chosen: list[list[list[int]]], gather: bool) -> int:
 
     seen = []
 
-    def compute(x: torch.Tensor, local: torch.Tensor, weights: torch.Tensor, trim: bool = False) -> torch.Tensor:
+    def compute(x: torch.Tensor, local: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
         here = local < 2
         seen.append(int(here.sum()))
         counts = [sum(row.count(2 * rank + e) for tokens in chosen for row in tokens) for e in range(2)]
         assert [int((local == e).sum()) for e in range(2)] == counts
         return x * (weights * here * (2 * rank + local + 1)).sum(1, keepdim=True)
 
+    def compute_all(x: torch.Tensor, routes: Routes, weights: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+        rows = torch.arange(len(routes.order))
+        assert len(rows) == routes.offsets[-1]  # no memory for pairs of other ranks
+        local = torch.full((len(routes.inverse),), 2)
+        local[routes.order] = torch.bucketize(rows, routes.offsets, right=True)
+        return compute(exchanged(x, exchange), local.view(-1, 2), weights)
+
     if gather:
         sizes = [len(tokens) for tokens in chosen]
-        out = gathered_experts(compute, x, index, weights, 6, sizes, group)
+        out = gathered_experts(compute_all, x, index, weights, 6, sizes, group)
     else:
         out = exchanged_experts(compute, x, index, weights, 6, group)
     out.backward(grad)

@@ -13,6 +13,7 @@ from moe_trainer.config.schema import Family, RopeConfig
 from moe_trainer.config.store import compose
 from moe_trainer.kernels import cross_entropy, experts, norm, permute, rope
 from moe_trainer.kernels.permute import Routes, sort_by_expert, sum_pairs
+from moe_trainer.kernels.router_gemm import router_logits
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.models.rope import rotation
 from moe_trainer.parallel.initialize import initialize
@@ -25,7 +26,6 @@ if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from moe_trainer.kernels.gpu import adamw as gpu_adamw  # noqa: E402
-from moe_trainer.kernels.gpu import cast as gpu_cast  # noqa: E402
 from moe_trainer.kernels.gpu import cross_entropy as gpu_cross_entropy  # noqa: E402
 from moe_trainer.kernels.gpu import norm as gpu_norm  # noqa: E402
 from moe_trainer.kernels.gpu import rope as gpu_rope  # noqa: E402
@@ -177,9 +177,39 @@ def test_adamw(size: int) -> None:
     torch.testing.assert_close(exp_avg_sq.double(), state["exp_avg_sq"], rtol=1e-5, atol=1e-6)
 
 
-def test_widen() -> None:
-    x = values(torch.bfloat16, 77, 130)
-    assert torch.equal(gpu_cast.widen(x, torch.float32), x.float())
+def test_adamw_with_rounded_moments() -> None:
+    """Constant gradients: float32 moments rise towards them in steps that bfloat16 alone would soon lose."""
+    size, options = 4096, {"lr": 1e-2, "betas": (0.99, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    grad = values(torch.float32, size)
+    exact, rounded = ([torch.zeros(size).to(DEVICE) for _ in range(3)] for _ in range(2))
+    rounded[1:] = [moment.bfloat16() for moment in rounded[1:]]
+    taken, factor = torch.zeros((), device=DEVICE), torch.ones((), device=DEVICE)
+    for _ in range(200):
+        taken += 1
+        for weight, exp_avg, exp_avg_sq in (exact, rounded):
+            gpu_adamw.adamw_(weight, grad, exp_avg, exp_avg_sq, taken, factor, *options.values(), number=3)
+    for ours, wide in zip(rounded[1:], exact[1:], strict=True):
+        ratio = ours.double() / wide.double()
+        assert abs(ratio.mean() - 1) < 2e-3  # nothing lost on average
+        assert 1e-4 < ratio.std() < 0.1  # and rounded it was
+    assert relative_error(rounded[0], exact[0]) < 0.02
+
+
+@pytest.mark.skipif(INTERPRETED, reason="a product of PyTorch's that CPUs lack")
+def test_router_logits() -> None:
+    """As exact as the scalar units are: float32 weights and gradients lose nothing to bfloat16."""
+    x, weight = values(torch.bfloat16, 301, 512), values(torch.float32, 40, 512, seed=1)
+    grad = values(torch.float32, 301, 40, seed=2)
+    inputs = x.requires_grad_(), weight.requires_grad_()
+    exact_inputs = [t.detach().cpu().double().requires_grad_() for t in inputs]
+    exact = exact_inputs[0] @ exact_inputs[1].t()
+    exact_grads = torch.autograd.grad(exact, exact_inputs, grad.cpu().double())
+    logits = router_logits(*inputs)
+    grad_x, grad_weight = torch.autograd.grad(logits, inputs, grad)
+    scalar = relative_error((x.float() @ weight.t()).cpu(), exact)
+    assert relative_error(logits.cpu(), exact) < max(2 * scalar, 1e-6)
+    assert relative_error(grad_weight.cpu(), exact_grads[1]) < 2e-6
+    close(grad_x, exact_grads[0].to(DEVICE))
 
 
 @pytest.mark.parametrize("family", Family)

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe_trainer.kernels.permute import HostCount, sort_by_expert
 from moe_trainer.models.moe import Experts
 from tests.unit.kernels.test_permute import ELSEWHERE, INDEX, _Poison, index_of
 
@@ -35,7 +36,8 @@ def test_value_and_gradients(name: str, trim: bool) -> None:
         torch.nn.init.normal_(parameter, generator=generator)
     x = torch.randn(len(index), 6, dtype=torch.float64, generator=generator).requires_grad_()
     weights = torch.rand(index.shape, dtype=torch.float64, generator=generator).requires_grad_()
-    out = experts.compute(x, index, weights, dict(experts.named_parameters()), trim)
+    routes = sort_by_expert(index, 4).trimmed(HostCount((index < ELSEWHERE).sum()) if trim else None)
+    out = experts.compute_routes(x, routes, weights, experts.weights())
     expected = naive(x, index, weights, experts)
     torch.testing.assert_close(out, expected)
     grad = torch.randn(out.shape, dtype=torch.float64, generator=generator)

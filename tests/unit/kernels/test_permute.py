@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from moe_trainer.kernels.permute import combine, permute, sort_by_expert, tokens_per_expert
+from moe_trainer.kernels.permute import HostCount, combine, permute, sort_by_expert, tokens_per_expert
 
 ELSEWHERE = 4  # one past the last of four experts
 INDEX = {
@@ -47,7 +47,7 @@ def naive(tokens: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> t
 def sorted_way(tokens: torch.Tensor, weights: torch.Tensor, index: torch.Tensor, trim: bool) -> torch.Tensor:
     """The same through the kernels, with poison wherever memory would not have been set."""
     routes = sort_by_expert(index, 4)
-    routes = routes.trimmed() if trim else routes
+    routes = routes.trimmed(HostCount(routes.offsets[-1])) if trim else routes
     rows = _Poison.apply(permute(tokens, routes), int(routes.offsets[-1]))
     factors = index.flatten()[routes.order].unsqueeze(1) + 1
     rows = _Poison.apply(factors * rows**2, int(routes.offsets[-1]))

@@ -1,0 +1,147 @@
+"""Attention over documents laid end to end, without a mask: PyTorch's FlashAttention for sequences of any length.
+
+`torch.nn.attention.varlen` wraps the same operator. It is called here as such, because the wrapper's signature has
+changed between the versions of PyTorch that we support, and because it knows no sinks.
+"""
+
+from typing import Any
+
+import torch
+
+
+def takes_packed(query: torch.Tensor, value: torch.Tensor) -> bool:
+    """Whether `packed_attention` computes for these: on CUDA, in 16 bits, with heads that the kernel has room for."""
+    width = query.shape[-1]
+    fits = width % 8 == 0 and value.shape[-1] <= width <= 256
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and fits
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    window: int | None,
+    scale: float | None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention inside each document (FlashAttention-2, Dao, 2023).
+
+    Args:
+        query: [tokens, heads, head_dim]; key [tokens, kv_heads, head_dim], value [tokens, kv_heads, value_dim].
+        boundaries: [documents + 1] int32, where each begins, and the end; a document may be empty.
+        longest: no document has more tokens.
+        window: positions that a token attends to, itself included; None: all before it.
+        scale: of the scores; None: head_dim ** -0.5.
+        sinks: [heads] scores that take part in each softmax and have no value.
+
+    Returns:
+        [tokens, heads, value_dim]
+    """
+    value_dim = value.shape[-1]
+    # The kernel wants values as wide as keys.
+    value = torch.nn.functional.pad(value, (0, query.shape[-1] - value_dim))
+    if sinks is None:
+        out = _attend(query, key, value, boundaries, longest, window, scale)[0]
+    else:
+        out = _AttendWithSinks.apply(query, key, value, sinks, boundaries, longest, window, scale)
+    return out[..., :value_dim]
+
+
+class _AttendWithSinks(torch.autograd.Function):
+    """A sink adds to each softmax's denominator alone: it scales the output, and with the denominator that has it the
+    kernel's backward pass gives the gradients of query, key and value as they are with sinks."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        sinks: torch.Tensor,
+        boundaries: torch.Tensor,
+        longest: int,
+        window: int | None,
+        scale: float | None,
+    ) -> torch.Tensor:
+        out, log_sum, *state = _attend(query, key, value, boundaries, longest, window, scale)[:4]
+        total = torch.logaddexp(log_sum, sinks.to(log_sum.dtype).unsqueeze(1))  # [heads, tokens]
+        out = (out * (log_sum - total).exp().T.unsqueeze(-1)).to(query.dtype)
+        ctx.save_for_backward(query, key, value, sinks, out, total, boundaries, *state)
+        ctx.settings = longest, window, scale
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        query, key, value, sinks, out, total, boundaries, *state = ctx.saved_tensors
+        gradients = _attend_backward(grad, query, key, value, out, total, boundaries, *state, *ctx.settings)
+        # The sink's share of a softmax has no value, so its score is pulled by minus the rest's.
+        share = (sinks.to(total.dtype).unsqueeze(1) - total).exp()  # [heads, tokens]
+        pull = (grad.to(total.dtype) * out.to(total.dtype)).sum(-1).T
+        return *gradients, -(share * pull).sum(1).to(sinks.dtype), None, None, None, None
+
+
+def _attend(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    boundaries: torch.Tensor,
+    longest: int,
+    window: int | None,
+    scale: float | None,
+) -> tuple[torch.Tensor, ...]:
+    """Output, logarithm of each softmax's denominator [heads, tokens] in float32, and two tensors for backward."""
+    return torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        0.0,
+        window is None,
+        False,
+        scale=scale,
+        **_window(window),
+    )
+
+
+def _attend_backward(
+    grad: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    out: torch.Tensor,
+    log_sum: torch.Tensor,
+    boundaries: torch.Tensor,
+    rng_state: torch.Tensor,
+    unused: torch.Tensor,
+    longest: int,
+    window: int | None,
+    scale: float | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value."""
+    return torch.ops.aten._flash_attention_backward(
+        grad.contiguous(),
+        query,
+        key,
+        value,
+        out,
+        log_sum,
+        boundaries,
+        boundaries,
+        longest,
+        longest,
+        0.0,
+        window is None,
+        rng_state,
+        unused,
+        scale=scale,
+        **_window(window),
+    )
+
+
+def _window(window: int | None) -> dict[str, int]:
+    return {} if window is None else {"window_size_left": window - 1, "window_size_right": 0}

@@ -1,0 +1,70 @@
+"""The copy that experts are computed with, and where its gradient goes."""
+
+import weakref
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+
+from moe_trainer.parallel import compute_copy as module
+from moe_trainer.parallel.compute_copy import compute_copy
+from moe_trainer.testing.pool import run_distributed
+
+
+def master_of(values: torch.Tensor) -> nn.Parameter:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return nn.Parameter(DTensor.from_local(values, mesh, [Shard(0)], run_check=False))
+
+
+def micro_batches(has_kernel: bool) -> list[tuple[torch.dtype, torch.Tensor]]:
+    """Type and local part of the master's gradient after each of three; what the third adds is below bfloat16."""
+    master = master_of(torch.ones(2, 3))
+    seen = []
+    with patch.object(module, "has_kernel", lambda x: has_kernel):
+        for scale in (256.0, 1.0, 1.0):
+            (compute_copy(master, torch.bfloat16) * scale).sum().backward()
+            seen.append((master.grad.dtype, master.grad.to_local().clone()))
+    return seen
+
+
+@pytest.mark.parametrize("has_kernel", (False, True))
+def test_gradients_are_summed_in_the_masters_type(has_kernel: bool) -> None:
+    first, second, third = run_distributed(micro_batches, 1, has_kernel)[0]
+    # Alone it stays what the products gave, where kernels take it; 256 + 1 is 256 in bfloat16.
+    assert first[0] is (torch.bfloat16 if has_kernel else torch.float32)
+    assert (second[0], third[0]) == (torch.float32, torch.float32)
+    assert [values.unique().tolist() for _, values in (first, second, third)] == [[256.0], [257.0], [258.0]]
+
+
+def frozen_and_alike() -> None:
+    frozen = master_of(torch.ones(2, 3)).requires_grad_(False)
+    assert not compute_copy(frozen, torch.bfloat16).requires_grad
+    master = master_of(torch.ones(2, 3))
+    with torch.no_grad():
+        assert not compute_copy(master, torch.bfloat16).requires_grad
+    same = compute_copy(master, torch.float32)  # nothing to copy: the parameter's own values, in autograd's sight
+    assert same.data_ptr() == master.to_local().data_ptr()
+    same.sum().backward()
+    assert torch.equal(master.grad.to_local(), torch.ones(2, 3))
+
+
+def test_frozen_weights_and_weights_of_the_type() -> None:
+    run_distributed(frozen_and_alike, 1)
+
+
+def outlives_its_use() -> bool:
+    copy = compute_copy(master_of(torch.ones(2, 3)), torch.bfloat16)
+    seen = weakref.ref(copy)
+    total = copy.sum()  # keeps nothing of it for the backward pass, as activation checkpointing does not
+    del copy
+    lives = seen() is not None
+    total.backward()
+    return lives
+
+
+def test_only_who_needs_the_copy_keeps_it() -> None:
+    assert run_distributed(outlives_its_use, 1) == [False]
