@@ -1,6 +1,6 @@
 """Host memory of importing a Hugging Face folder on four CPU ranks, and of exporting it again; prints two tables.
 
-    python scripts/bench_import.py [--experts 144] [--folder DIR]
+    python scripts/bench/import_hf.py [--experts 144] [--folder DIR]
 
 The folder, made of random bfloat16 weights, has the shape of Qwen3-30B-A3B with two layers; 144 experts make 4 GB.
 Memory is `RssAnon` of /proc/self/status, read every 2 ms: what a process has for itself. Pages of mapped files, which

@@ -1,17 +1,18 @@
 """Speed of one layer's experts, forward and backward, on one GPU, beside transformers' and beside dense products.
 
-    python scripts/bench_moe_layer.py [--tokens=16384]
+    python scripts/bench/layer.py [--tokens=16384] [--skew=0]
 
-bfloat16, routes drawn from uneven logits; sorting them is timed, the router is not. FLOPs: 18 * tokens * top_k *
-hidden * intermediate. `dense` are six plain products of the same FLOPs over as many rows: the bound without routing.
+bfloat16; logits are random, with --skew=S each expert's are moved by S times a random number, as a router's may be
+early on. Sorting the routes is timed, the router is not. FLOPs: 18 * tokens * top_k * hidden * intermediate. `dense`
+are six plain products of the same FLOPs over as many rows: the bound without routing.
 Each figure is the median of 20 calls, timed by CUDA events with the L2 cache as the call before left it.
 """
 
 import statistics
-import sys
 from collections.abc import Callable
 
 import torch
+from record import option, record
 
 from moe_trainer.models.moe import Experts
 
@@ -24,30 +25,28 @@ SHAPES = {  # hidden, intermediate, experts, top_k
 
 def main() -> None:
     """Print one row a shape."""
-    tokens = next((int(a.removeprefix("--tokens=")) for a in sys.argv[1:] if a.startswith("--tokens=")), 16384)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, {tokens} tokens, TFLOP/s (kept GiB)")
-    print("| shape | ours | transformers, grouped_mm | dense | ours / dense | busiest expert over mean |")
-    for name, (hidden, intermediate, num_experts, top_k) in SHAPES.items():
+    tokens, skew = int(option("tokens", "16384")), float(option("skew", "0"))
+    for number, (name, (hidden, intermediate, num_experts, top_k)) in enumerate(SHAPES.items()):
         torch.manual_seed(0)
         experts = Experts(hidden, intermediate, num_experts).to("cuda", torch.bfloat16)
         for parameter in experts.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
         x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-        # Logits uneven from expert to expert, as a real router's are early on.
-        logits = torch.randn(tokens, num_experts, device="cuda") + 0.3 * torch.randn(num_experts, device="cuda")
+        logits = torch.randn(tokens, num_experts, device="cuda") + skew * torch.randn(num_experts, device="cuda")
         weights, index = logits.softmax(-1).topk(top_k)
         weights.requires_grad_()
         flops = 18 * tokens * top_k * hidden * intermediate
         ours, kept = _speed(experts, x, index, weights, flops)
         theirs = _transformers(experts, hidden, intermediate, num_experts, top_k)
-        other = "-" if theirs is None else "{:.0f} ({:.2f})".format(*_speed(theirs, x, index, weights, flops))
+        other = None if theirs is None else _speed(theirs, x, index, weights, flops)
         del theirs
         dense = _dense(tokens * top_k, hidden, intermediate, flops)
         load = torch.bincount(index.flatten(), minlength=num_experts).max().item() * num_experts / (tokens * top_k)
-        print(
-            f"| {name} | {ours:.0f} ({kept:.2f}) | {other} | {dense:.0f} | {ours / dense:.2f} | {load:.2f} |",
-            flush=True,
-        )
+        row: dict[str, object] = {"shape": name, "tokens": tokens, "ours, TFLOP/s": ours, "kept GiB": round(kept, 2)}
+        row |= {"transformers": "-" if other is None else round(other[0])}
+        row |= {"kept by it": "-" if other is None else round(other[1], 2), "dense": dense}
+        row |= {"ours / dense": round(ours / dense, 2), "busiest expert / mean": round(load, 2)}
+        record("layer", row, heading=number == 0)
 
 
 def _speed(
