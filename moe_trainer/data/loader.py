@@ -5,52 +5,62 @@
     micro-batch j       `micro_batch_size` consecutive samples of a global batch
     data rank           j % data_size, as its accumulation step j // data_size
 
-Only the last line knows about ranks, so nothing needs saving but the position: the samples consumed so far.
+Only the last line knows about ranks, so nothing needs saving but the position: the samples consumed so far. See
+`order` for the shuffle and for mixtures of sources, `packing` for what a sample is, `build` for the loaders of a run:
+`build_loader` and `build_validation_loader`.
 """
 
 import hashlib
-import logging
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 
+import numpy as np
 import torch
-from tokenizers import Tokenizer
 
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Config
-from moe_trainer.data.packing import PADDING, pack, tokenize
-from moe_trainer.data.sources import read_documents
-from moe_trainer.data.tokenizer import load_tokenizer
-
-_logger = logging.getLogger(__name__)
+from moe_trainer.data.order import Order
+from moe_trainer.data.packing import IGNORED, Samples
+from moe_trainer.models.documents import Documents
 
 
 @dataclass
 class Batch:
-    """Samples of one data rank, its micro-batches one after the other.
-
-    A position is padding exactly where its label is -100.
-    """
+    """Samples of one data rank, its micro-batches one after the other."""
 
     input_ids: torch.Tensor  # [n, seq] int64
-    labels: torch.Tensor  # [n, seq] int64
+    labels: torch.Tensor  # [n, seq] int64, -100 where nothing is learned: padding, prompts, ends of documents
+    documents: Documents | None = None  # of the tokens, for the model; None: each row is one
 
     def split(self, grad_accum_steps: int) -> list["Batch"]:
         """The micro-batches in order, as views."""
-        parts = zip(self.input_ids.chunk(grad_accum_steps), self.labels.chunk(grad_accum_steps), strict=True)
-        return [Batch(*part) for part in parts]
+        nothing = [None] * grad_accum_steps
+        documents = nothing if self.documents is None else self.documents.split(grad_accum_steps)
+        parts = self.input_ids.chunk(grad_accum_steps), self.labels.chunk(grad_accum_steps), documents
+        return [Batch(*part) for part in zip(*parts, strict=True)]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch on `device`."""
-        return Batch(self.input_ids.to(device, non_blocking=True), self.labels.to(device, non_blocking=True))
+        documents = None if self.documents is None else self.documents.to(device)
+        ids, labels = (part.to(device, non_blocking=True) for part in (self.input_ids, self.labels))
+        return Batch(ids, labels, documents)
+
+    def pin_memory(self) -> "Batch":
+        """The same in memory that a GPU copies from by itself."""
+        documents = None if self.documents is None else self.documents.pin_memory()
+        return Batch(self.input_ids.pin_memory(), self.labels.pin_memory(), documents)
 
 
 class Loader:
-    """Deals the global order of samples to one data rank.
+    """Deals the global order of samples to one data rank; the next batch is made while the last one is used.
 
     Args:
-        samples: int32 `[samples, seq + 1]` from `pack`; may be fewer than a batch, the order wraps.
+        sources: where samples come from, all of one length; they may be fewer than a batch, the order wraps.
+        shares: of the samples, for each source; None: a single source.
         data_rank, data_size: which of how many ranks that see different data.
+        shuffles: False deals the sources once, in order, one after the other; then come samples without labels.
+        pins_memory: for batches that go to a GPU.
 
     Raises:
         ConfigError: the global batch does not divide into micro-batches for every rank.
@@ -58,12 +68,16 @@ class Loader:
 
     def __init__(
         self,
-        samples: torch.Tensor,
+        sources: Sequence[Samples],
         global_batch_size: int,
         micro_batch_size: int,
         seed: int,
         data_rank: int,
         data_size: int,
+        *,
+        shares: Sequence[float] | None = None,
+        shuffles: bool = True,
+        pins_memory: bool = False,
     ) -> None:
         if global_batch_size < 1 or micro_batch_size < 1 or global_batch_size % (micro_batch_size * data_size):
             raise ConfigError(
@@ -71,71 +85,99 @@ class Loader:
                 f"data.micro_batch_size({micro_batch_size}) x data ranks({data_size})"
             )
         assert 0 <= data_rank < data_size, f"data rank {data_rank} of {data_size}"
-        self.samples = samples
+        assert len({source.seq_len for source in sources}) == 1, "sources of one length"
+        self.sources = sources
         self.global_batch_size = global_batch_size
         self.micro_batch_size = micro_batch_size
         self.grad_accum_steps = global_batch_size // (micro_batch_size * data_size)
-        self.seed = seed
         self.data_rank = data_rank
         self.data_size = data_size
-        self._labels = (samples[:, 1:] != PADDING).sum(1)  # [samples]
-        # A batch may straddle two epochs; drawing a permutation again for every batch would be linear in the data.
-        self._permutation = lru_cache(maxsize=2)(self._draw_permutation)
+        self.data_seconds = 0.0
+        """For how long the last call of `batch` kept its caller waiting."""
+        self._shares = list(shares) if shares is not None else [1.0] * len(sources)
+        self._shuffles = shuffles
+        self._pins_memory = pins_memory
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="loader")
+        self.seed = seed
+
+    @property
+    def seed(self) -> int:
+        """Of the order of samples."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        self._seed = seed
+        self._order = Order([len(source) for source in self.sources], self._shares, seed)
+        self._ahead: tuple[int, Future[tuple[Batch, int]]] | None = None
+        self._dealt: tuple[int, int] | None = None
 
     @property
     def seq_len(self) -> int:
         """Inputs of a sample, padding included."""
-        return self.samples.shape[1] - 1
+        return self.sources[0].seq_len
+
+    @property
+    def num_batches(self) -> int:
+        """Global batches that hold every sample; the last may be filled up."""
+        return -(-sum(len(source) for source in self.sources) // self.global_batch_size)
 
     def batch(self, position: int) -> Batch:
         """This rank's share of the global batch from `position` on: `[grad_accum_steps * micro_batch_size, seq]`."""
-        micro_batches = range(self.data_rank, self.global_batch_size // self.micro_batch_size, self.data_size)
-        starts = (position + micro_batch * self.micro_batch_size for micro_batch in micro_batches)
-        indices = [self._sample(start + offset) for start in starts for offset in range(self.micro_batch_size)]
-        rows = self.samples[indices].long()  # [n, seq + 1]
-        inputs = rows[:, :-1]
-        labels = rows[:, 1:]
-        # Any valid id will do where the label is padding.
-        return Batch(inputs.masked_fill(labels == PADDING, 0), labels.contiguous())
+        begin = time.perf_counter()
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == position:
+            batch, num_tokens = ahead[1].result()
+        else:
+            batch, num_tokens = self._deal(position)
+        self._dealt = position, num_tokens
+        following = position + self.global_batch_size
+        self._ahead = following, self._worker.submit(self._deal, following)
+        if self._pins_memory:  # here, because in the worker it would be the first GPU's driver that pins
+            batch = batch.pin_memory()
+        self.data_seconds = time.perf_counter() - begin
+        return batch
 
     def num_tokens(self, position: int) -> int:
         """Labels that count in the whole global batch from `position` on: every rank knows them without asking."""
-        indices = [self._sample(position + offset) for offset in range(self.global_batch_size)]
-        return int(self._labels[indices].sum())
+        if self._dealt is not None and self._dealt[0] == position:
+            return self._dealt[1]
+        return self._num_labels(self._samples(position))
 
     def fingerprint(self) -> str:
-        """SHA-256 of the samples, whatever the seed, batch sizes and ranks: tells changed data on resume."""
-        digest = hashlib.sha256(repr(tuple(self.samples.shape)).encode())
-        digest.update(self.samples.contiguous().numpy().data)
-        return digest.hexdigest()
+        """Tells changed data, shares or cuts of it on resume; the seed, batch sizes and ranks do not matter."""
+        prints = [source.fingerprint() for source in self.sources]
+        shares = [share / sum(self._shares) for share in self._shares]
+        return hashlib.sha256(repr((prints, shares)).encode()).hexdigest()
 
-    def _sample(self, position: int) -> int:
-        epoch, place = divmod(position, len(self.samples))
-        return int(self._permutation(epoch)[place])
+    def _samples(self, position: int) -> list[tuple[int, int]]:
+        """Source and index of each sample of the global batch; fewer at the end of a loader that does not shuffle."""
+        if self._shuffles:
+            sources, indices = self._order.samples(position, self.global_batch_size)
+        else:
+            ends = np.cumsum([len(source) for source in self.sources])
+            places = np.arange(position, min(position + self.global_batch_size, ends[-1]))
+            sources = np.searchsorted(ends, places, side="right")
+            indices = places - np.concatenate(([0], ends))[sources]
+        return list(zip(sources.tolist(), indices.tolist(), strict=True))
 
-    def _draw_permutation(self, epoch: int) -> torch.Tensor:
-        # Hashed, since neighbouring (seed, epoch) pairs must not share an order as seed + epoch would.
-        mixed = hashlib.sha256(f"order of samples/{self.seed}/{epoch}".encode()).digest()[:8]
-        generator = torch.Generator().manual_seed(int.from_bytes(mixed, "big", signed=True))
-        return torch.randperm(len(self.samples), generator=generator)
+    def _deal(self, position: int) -> tuple[Batch, int]:
+        samples = self._samples(position)
+        size = self.micro_batch_size
+        micro_batches = range(self.data_rank, self.global_batch_size // size, self.data_size)
+        places = [number * size + offset for number in micro_batches for offset in range(size)]
+        inputs = np.zeros((len(places), self.seq_len), dtype=np.int64)
+        labels = np.full_like(inputs, IGNORED)
+        documents = np.zeros(inputs.shape, dtype=np.int32)
+        for row, place in enumerate(places):
+            if place < len(samples):
+                source, index = samples[place]
+                inputs[row], labels[row], documents[row] = self.sources[source][index]
+        per_row = int(documents.max()) + 1
+        # A power of two, so that few different numbers reach the kernels.
+        packed = Documents(torch.from_numpy(documents), 1 << (per_row - 1).bit_length()) if per_row > 1 else None
+        batch = Batch(torch.from_numpy(inputs), torch.from_numpy(labels), packed)
+        return batch, self._num_labels(samples)
 
-
-def build_loader(cfg: Config, vocab_size: int, data_rank: int, data_size: int) -> tuple[Loader, Tokenizer]:
-    """Read, tokenise and pack what `cfg.data` names, for one data rank.
-
-    Args:
-        vocab_size: rows of the model's embedding, after `model.init_from`.
-
-    Raises:
-        ConfigError: data, tokenizer or sizes that cannot work; nothing has been written by then.
-    """
-    data = cfg.data
-    tokenizer = load_tokenizer(data.tokenizer)
-    documents = tokenize(read_documents(data), tokenizer, vocab_size, data.tokenizer)
-    seq_len, longest = data.seq_len, max(map(len, documents)) - 1
-    if seq_len is None and longest > cfg.model.max_position_embeddings:
-        seq_len = cfg.model.max_position_embeddings
-        _logger.info("the longest document has %d tokens: cut into samples of %d (data.seq_len)", longest, seq_len)
-    samples = pack(documents, seq_len)
-    loader = Loader(samples, data.global_batch_size, data.micro_batch_size, cfg.seed, data_rank, data_size)
-    return loader, tokenizer
+    def _num_labels(self, samples: list[tuple[int, int]]) -> int:
+        return sum(self.sources[source].num_labels(index) for source, index in samples)

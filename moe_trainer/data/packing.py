@@ -1,72 +1,134 @@
-"""Documents to samples of equal length.
+"""Shards to samples of equal length.
 
-A sample is one row of `[samples, seq + 1]`: its inputs are all but the last token, its labels all but the first.
+A sample is a stretch of a shard: its inputs are all but the last token, its labels all but the first. With `seq_len`
+the stretches follow each other, a stretch's last label being the first input of the next; without it each document is
+one, padded to the longest.
+
+    shard       | A A A A A | B B | C C C C C C |        packing=documents        packing=concatenate
+    inputs        A A A A     A B B C     C C C C
+    labels        A A A A     - B - C     C C C C        - : not learned          A B B C
+    documents     0 0 0 0     0 1 1 2     0 0 0 0        see only their own       0 0 0 0
 """
 
-import torch
-from tokenizers import Tokenizer
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.data.tokenizer import end_of_text_id
+from moe_trainer.config.schema import Packing
+from moe_trainer.data.order import ORDER
+from moe_trainer.data.shards import Shard
 
-PADDING = -100
-"""Fills a row on the right; as a label it is what cross entropy ignores."""
-
-_ENCODE_AT_ONCE = 1024
-
-
-def tokenize(documents: list[str], tokenizer: Tokenizer, vocab_size: int, name: str) -> list[torch.Tensor]:
-    """Token ids of each document, ended by the end-of-text token if the tokenizer has one.
-
-    Args:
-        vocab_size: rows of the model's embedding.
-        name: what the user calls the tokenizer, for the error.
-
-    Returns:
-        One int32 tensor `[tokens]` for each document.
-
-    Raises:
-        ConfigError: a token id that the embedding has no row for.
-    """
-    end = end_of_text_id(tokenizer)
-    tokenized = []
-    for start in range(0, len(documents), _ENCODE_AT_ONCE):
-        for encoding in tokenizer.encode_batch(documents[start : start + _ENCODE_AT_ONCE]):
-            ids = encoding.ids
-            if end is not None and ids[-1:] != [end]:  # some tokenizers append it themselves
-                ids.append(end)
-            tokenized.append(torch.tensor(ids, dtype=torch.int32))
-    highest = max(int(tokens.max()) for tokens in tokenized if len(tokens))
-    if highest >= vocab_size:
-        raise ConfigError(
-            f"data.tokenizer={name} gives token id {highest}, but model.vocab_size={vocab_size}: "
-            f"set model.vocab_size to at least {highest + 1}"
-        )
-    return tokenized
+IGNORED = -100
+"""A label that is not learned: padding, a prompt, the start of another document."""
 
 
-def pack(tokenized: list[torch.Tensor], seq_len: int | None) -> torch.Tensor:
-    """Cut tokenised documents into samples.
+class Sample(NamedTuple):
+    """One row of a batch."""
 
-    Args:
-        tokenized: int32 `[tokens]` for each document.
-        seq_len: inputs of a sample, the documents being concatenated; each token but the very first is a label once.
-            None makes each document one sample, padded to the longest.
+    inputs: np.ndarray
+    """[seq] int64."""
+    labels: np.ndarray
+    """[seq] int64, `IGNORED` where nothing is learned."""
+    documents: np.ndarray
+    """[seq] int32: numbers that rise from document to document, from 0 on; one where they see each other."""
 
-    Returns:
-        int32 `[samples, seq + 1]`, padded on the right with `PADDING`.
 
-    Raises:
-        ConfigError: a sample without a label (fewer than two tokens).
-    """
-    if seq_len is None:
-        pieces = tokenized
-    else:
-        stream = torch.cat(tokenized)
-        # A window's last label is the first input of the next one.
-        pieces = [stream[start : start + seq_len + 1] for start in range(0, max(len(stream) - 1, 1), seq_len)]
-    for number, piece in enumerate(pieces, start=1):
-        if len(piece) < 2:
-            what = f"document {number}" if seq_len is None else "the whole text"
-            raise ConfigError(f"data: {what} has {len(piece)} token(s), at least 2 are needed; use a longer text")
-    return torch.nn.utils.rnn.pad_sequence(pieces, batch_first=True, padding_value=PADDING)
+class Samples:
+    """The samples of one source, made when they are asked for."""
+
+    def __init__(self, shards: Sequence[Shard], seq_len: int | None, packing: Packing) -> None:
+        """
+        Args:
+            seq_len: inputs of a sample; None: each document is one.
+
+        Raises:
+            ConfigError: no label at all, or a document that would be a sample without one.
+        """
+        self.shards = shards
+        self.packing = packing
+        self._by_document = seq_len is None
+        if self._by_document:
+            lengths = np.concatenate([np.diff(shard.ends, prepend=0) for shard in shards])
+            if (lengths < 2).any():
+                number = int((lengths < 2).argmax())
+                raise _too_short(f"document {number + 1} has {lengths[number]} token(s)")
+            seq_len = int(lengths.max()) - 1
+            counts = [len(shard.ends) for shard in shards]
+        else:
+            counts = [-(-(len(shard.tokens) - 1) // seq_len) for shard in shards]
+            if not sum(counts):
+                raise _too_short(f"the whole text has {sum(len(shard.tokens) for shard in shards)} token(s)")
+        self.seq_len = seq_len
+        self._ends = np.cumsum(counts)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, index: int) -> Sample:
+        """The sample, padded on the right.
+
+        Raises:
+            ConfigError: a token id that the shard says it has not, and the embedding may have no row for.
+        """
+        shard, start, stop = self._stretch(index)
+        inputs = np.zeros(self.seq_len, dtype=np.int64)  # any valid id will do where the label is padding
+        labels = np.full(self.seq_len, IGNORED, dtype=np.int64)
+        documents = np.zeros(self.seq_len, dtype=np.int32)
+        length = stop - start - 1
+        tokens = shard.tokens[start:stop].astype(np.int64)
+        if (highest := int(tokens.max())) > shard.highest_token:
+            raise ConfigError(
+                f"data: token id {highest} where {shard.highest_token} is the highest: a file of tokens is damaged; "
+                "moe-data verify path=DIR tells which, prepare it again"
+            )
+        inputs[:length] = tokens[:-1]
+        numbers, is_learned = self._numbers(shard, start, stop), self._learned(shard, start, stop)
+        labels[:length][is_learned] = tokens[1:][is_learned]
+        if self.packing is Packing.documents:
+            documents[:length] = numbers[:-1]
+            documents[length:] = numbers[-2]
+        return Sample(inputs, labels, documents)
+
+    def num_labels(self, index: int) -> int:
+        """Labels of the sample that are learned, found without its tokens."""
+        return int(self._learned(*self._stretch(index)).sum())
+
+    def fingerprint(self) -> str:
+        """Tells changed data or another cut of it; the seed, batch sizes and ranks do not matter."""
+        cut = "documents" if self._by_document else self.seq_len
+        parts = (ORDER, cut, self.packing.value, [shard.digest for shard in self.shards])
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _stretch(self, index: int) -> tuple[Shard, int, int]:
+        """The shard of a sample and its tokens, from the first input to the last label."""
+        number = int(np.searchsorted(self._ends, index, side="right"))
+        shard = self.shards[number]
+        place = index - (int(self._ends[number - 1]) if number else 0)
+        if self._by_document:
+            return shard, int(shard.ends[place - 1]) if place else 0, int(shard.ends[place])
+        start = place * self.seq_len
+        return shard, start, min(start + self.seq_len + 1, len(shard.tokens))
+
+    def _numbers(self, shard: Shard, start: int, stop: int) -> np.ndarray:
+        """[stop - start] the tokens' documents, counted from the first in the stretch."""
+        first, last = np.searchsorted(shard.ends, (start, stop - 1), side="right")
+        numbers = np.zeros(stop - start, dtype=np.int32)
+        numbers[shard.ends[first:last] - start] = 1
+        return numbers.cumsum(dtype=np.int32)
+
+    def _learned(self, shard: Shard, start: int, stop: int) -> np.ndarray:
+        """[stop - start - 1] which labels are: targets, and those that go on with their input's document."""
+        learned = np.ones(stop - start - 1, dtype=bool)
+        if shard.targets is not None:
+            learned &= shard.targets[start + 1 : stop] != 0
+        if self.packing is Packing.documents:
+            numbers = self._numbers(shard, start, stop)
+            learned &= numbers[1:] == numbers[:-1]
+        return learned
+
+
+def _too_short(what: str) -> ConfigError:
+    return ConfigError(f"data: {what}, at least 2 are needed; use a longer text")

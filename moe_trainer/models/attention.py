@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moe_trainer.kernels.packed_attention import packed_attention, takes_packed
+from moe_trainer.models.documents import Documents
 from moe_trainer.models.linear import Linear
 from moe_trainer.models.rope import Rotation, rotate
 
@@ -106,10 +108,15 @@ class Attention(nn.Module):
         self.v_proj = Linear(hidden_size, num_kv_heads * head_dim, bias, heads=num_kv_heads)
         self.o_proj = Linear(num_heads * head_dim, hidden_size, bias)
 
-    def forward(self, x: torch.Tensor, rope: Rotation, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope: Rotation, cache: KVCache | None = None, documents: Documents | None = None
+    ) -> torch.Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         query, key, value = self.project(x)
         query, key = rotate(query, rope), rotate(key, rope)
+        if documents is not None:
+            out = self.attend_documents(query, key, value, documents)
+            return self.o_proj(out.transpose(1, 2).flatten(2))
         if cache is None:
             mask = causal_mask(query.shape[2], self.window, query.device)
         else:
@@ -131,6 +138,12 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """Weighted values, [batch, heads, seq, head_dim]; see `attend`."""
         return attend(query, key, value, mask)
+
+    def attend_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        """The same, each token in its own document."""
+        return attend_documents(query, key, value, documents, self.window)
 
 
 def attend(
@@ -159,6 +172,36 @@ def attend(
     return F.scaled_dot_product_attention(
         query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
     )
+
+
+def attend_documents(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    window: int | None,
+    scale: float | None = None,
+) -> torch.Tensor:
+    """Causal attention inside each document, shapes as `attend`; a mask of seq x seq only where no kernel fits."""
+    if not takes_packed(query, value):
+        return attend(query, key, value, documents.mask(window), scale)
+    return attend_packed(query, key, value, documents, window, scale)
+
+
+def attend_packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    documents: Documents,
+    window: int | None,
+    scale: float | None = None,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`attend_documents` by `packed_attention`, the rows of the batch laid end to end."""
+    batch, _, seq, _ = query.shape
+    rows = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]  # [batch * seq, heads, head_dim]
+    out = packed_attention(*rows, documents.boundaries, seq, window, scale, sinks)
+    return out.unflatten(0, (batch, seq)).transpose(1, 2)
 
 
 def causal_mask(seq: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from moe_trainer.config.schema import ModelConfig
 from moe_trainer.models.attention import KVCache
+from moe_trainer.models.documents import Documents
 from moe_trainer.models.linear import Embedding, Linear
 from moe_trainer.models.mlp import SwiGLU
 from moe_trainer.models.moe import SparseMoeBlock
@@ -40,9 +41,11 @@ class DecoderLayer(nn.Module):
         self.mlp = mlp if isinstance(mlp, SparseMoeBlock) else None
         self.dense_mlp = mlp if isinstance(mlp, SwiGLU) else None
 
-    def forward(self, x: torch.Tensor, rope: Rotation, cache: KVCache | None) -> tuple[torch.Tensor, Routing | None]:
+    def forward(
+        self, x: torch.Tensor, rope: Rotation, cache: KVCache | None, documents: Documents | None = None
+    ) -> tuple[torch.Tensor, Routing | None]:
         """[batch, seq, hidden] -> the same, and the routing of a sparse layer."""
-        x = x + self.self_attn(self.input_layernorm(x), rope, cache)
+        x = x + self.self_attn(self.input_layernorm(x), rope, cache, documents)
         normed = self.post_attention_layernorm(x)
         if self.dense_mlp is not None:
             return x + self.dense_mlp(normed), None
@@ -63,21 +66,25 @@ class Decoder(nn.Module):
         self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
     def forward(
-        self, input_ids: torch.Tensor, cache: KVCache | None = None
+        self, input_ids: torch.Tensor, cache: KVCache | None = None, documents: Documents | None = None
     ) -> tuple[torch.Tensor, tuple[Routing, ...]]:
         """[batch, seq] -> hidden states [batch, seq, hidden] and the sparse layers' routings."""
         x = self.embed_tokens(input_ids)
-        rope = self._rotation(input_ids, cache, x.dtype)
+        rope = self._rotation(input_ids, cache, documents, x.dtype)
         routings = []
         for layer in self.layers:
-            x, routing = layer(x, rope, cache)
+            x, routing = layer(x, rope, cache, documents)
             if routing is not None:
                 routings.append(routing)
         return self.norm(x), tuple(routings)
 
-    def _rotation(self, input_ids: torch.Tensor, cache: KVCache | None, dtype: torch.dtype) -> Rotation:
-        """Of each position, [seq, width]; of each sequence's own where they begin in different columns of the cache,
-        [batch, 1, seq, width]."""
+    def _rotation(
+        self, input_ids: torch.Tensor, cache: KVCache | None, documents: Documents | None, dtype: torch.dtype
+    ) -> Rotation:
+        """Of each position, [seq, width]; of each document's own, [batch * seq, width]; of each sequence's own where
+        they begin in different columns of the cache, [batch, 1, seq, width]."""
+        if documents is not None:
+            return rotation(documents.positions.flatten(), self.rope_width, self.rope, dtype)
         if cache is None:
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         else:
@@ -103,12 +110,16 @@ class CausalLM(nn.Module):
         if self.is_tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, input_ids: torch.Tensor, cache: KVCache | None = None) -> ModelOutput:
+    def forward(
+        self, input_ids: torch.Tensor, cache: KVCache | None = None, documents: Documents | None = None
+    ) -> ModelOutput:
         """Next-token logits for token ids [batch, seq].
 
         With a cache, ids continue what it holds, and the logits are those of the last position: [batch, 1, vocab].
+        With `documents`, tokens see those of their own document alone, whose positions begin at 0.
         """
-        hidden, routings = self.model(input_ids, cache)
+        assert cache is None or documents is None, "documents are for whole sequences"
+        hidden, routings = self.model(input_ids, cache, documents)
         if cache is not None:
             hidden = hidden[:, -1:]
         return ModelOutput(self.lm_head(hidden), routings)

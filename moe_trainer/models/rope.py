@@ -10,7 +10,8 @@ from moe_trainer.kernels import rope as kernels
 
 
 class Rotation(NamedTuple):
-    """Cosine and sine of every position's angles, each [seq, width]."""
+    """Cosine and sine of every position's angles, each [seq, width]; [batch * seq, width] where the rows' tokens have
+    positions of their own."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -31,7 +32,12 @@ def rotation(positions: torch.Tensor, width: int, rope: RopeConfig, dtype: torch
 
 def rotate(x: torch.Tensor, rope: Rotation) -> torch.Tensor:
     """Turn each pair (i, i + width / 2) of x [batch, heads, seq, width] by its angle."""
-    return kernels.rotate(x, rope.cos, rope.sin)
+    batch, _, seq, _ = x.shape
+    if batch == 1 or rope.cos.ndim != 2 or len(rope.cos) == seq:
+        return kernels.rotate(x, rope.cos, rope.sin)
+    in_one_row = x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)  # [1, heads, batch * seq, width]
+    turned = kernels.rotate(in_one_row, rope.cos, rope.sin).squeeze(0)
+    return turned.transpose(0, 1).unflatten(0, (batch, seq)).transpose(1, 2)
 
 
 def yarn_scale(factor: float, mscale: float = 1.0) -> float:

@@ -4,8 +4,9 @@ import torch
 from torch import nn
 
 from moe_trainer.config.schema import ModelConfig, RopeType
-from moe_trainer.models.attention import KVCache, attend
+from moe_trainer.models.attention import KVCache, attend, attend_documents
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
+from moe_trainer.models.documents import Documents
 from moe_trainer.models.linear import Linear
 from moe_trainer.models.mlp import SwiGLU
 from moe_trainer.models.moe import Experts, SparseMoeBlock
@@ -43,7 +44,9 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(self.kv_rank, heads * (self.nope_dim + self.value_dim))
         self.o_proj = Linear(heads * self.value_dim, hidden, cfg.attention_bias)
 
-    def forward(self, x: torch.Tensor, rope: Rotation, cache: KVCache | None = None) -> torch.Tensor:
+    def forward(
+        self, x: torch.Tensor, rope: Rotation, cache: KVCache | None = None, documents: Documents | None = None
+    ) -> torch.Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         projected = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
         query = projected.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).transpose(1, 2)
@@ -59,7 +62,10 @@ class LatentAttention(nn.Module):
         if cache is not None:
             mask = cache.mask(None)
             key, value = cache.append(self.layer, key, value)
-        out = attend(query, key, value, mask, self.score_scale)
+        if documents is not None:
+            out = attend_documents(query, key, value, documents, None, self.score_scale)
+        else:
+            out = attend(query, key, value, mask, self.score_scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def _rotate(self, x: torch.Tensor, rope: Rotation) -> torch.Tensor:
@@ -88,5 +94,5 @@ def _layer(cfg: ModelConfig, layer: int) -> DecoderLayer:
         )
         experts = Experts(cfg.hidden_size, cfg.intermediate_size, cfg.num_experts)
         shared = SwiGLU(cfg.hidden_size, cfg.num_shared_experts * cfg.intermediate_size)
-        mlp = SparseMoeBlock(router, experts, shared if cfg.num_shared_experts else None)
+        mlp = SparseMoeBlock(router, experts, shared if cfg.num_shared_experts else None, cfg.capacity_factor)
     return DecoderLayer(LatentAttention(cfg, layer), mlp, cfg.hidden_size, cfg.rms_norm_eps)

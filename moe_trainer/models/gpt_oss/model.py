@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_trainer.config.schema import ModelConfig
-from moe_trainer.models.attention import Attention, within
+from moe_trainer.kernels.packed_attention import takes_packed
+from moe_trainer.models.attention import Attention, attend_packed, within
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
+from moe_trainer.models.documents import Documents
 from moe_trainer.models.moe import ClampedExperts, SparseMoeBlock
 from moe_trainer.models.router import BiasedRouter
 
@@ -61,6 +63,14 @@ class SinkAttention(Attention):
         mask = F.pad(mask, (0, 1), value=True)
         return F.scaled_dot_product_attention(query, key, F.pad(value, (0, 0, 0, 1)), mask, scale=scale)
 
+    def attend_documents(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
+    ) -> torch.Tensor:
+        if takes_packed(query, value):
+            sinks = self.sinks(query).flatten()
+            return attend_packed(query, key, value, documents, self.window, sinks=sinks)
+        return self.attend(query, key, value, documents.mask(self.window))
+
     def _attend_once(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
     ) -> torch.Tensor:
@@ -83,6 +93,7 @@ def build_gpt_oss(cfg: ModelConfig) -> CausalLM:
             ClampedExperts(
                 cfg.hidden_size, cfg.intermediate_size, cfg.num_experts, cfg.swiglu_alpha, cfg.swiglu_limit
             ),
+            capacity_factor=cfg.capacity_factor,
         )
         attention = SinkAttention(cfg, layer, cfg.sliding_window if slides else None)
         layers.append(DecoderLayer(attention, mlp, cfg.hidden_size, cfg.rms_norm_eps))

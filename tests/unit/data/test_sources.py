@@ -31,6 +31,7 @@ def test_a_jsonl_file_has_a_document_a_line(tmp_path):
         (b'{"text": ""}', "is empty"),
         (b'{"text": "\xff"}', "is not UTF-8"),
         (b'{"text": "\\ud800"}', "surrogate"),
+        (b'{"text": "a", "id": ' + b"1" * 5000 + b"}", "is not JSON that can be read"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, line, problem):

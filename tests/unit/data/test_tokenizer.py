@@ -1,9 +1,9 @@
 import pytest
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, processors
 from transformers import PreTrainedTokenizerFast
 
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.data.tokenizer import end_of_text_id, load_tokenizer
+from moe_trainer.data.tokenizer import digest, encode_texts, end_of_text_id, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "Plain words, it's so . ",
@@ -29,6 +29,12 @@ def test_every_byte_value_has_its_id():
     assert end_of_text_id(tokenizer) == 256
     # 0xff never occurs in UTF-8, so no text reaches these ids; the decoder still has to know them.
     assert "\ufffd" in tokenizer.decode([0xFF, 0xFE])
+
+
+def test_the_byte_tokenizer_is_itself_when_read_from_a_file(tmp_path):
+    path = str(tmp_path / "tokenizer.json")
+    load_tokenizer("byte").save(path)
+    assert load_tokenizer(path).encode("a<|endoftext|>").ids == list(b"a<|endoftext|>")
 
 
 @pytest.mark.parametrize("text", TEXTS[:4])
@@ -66,3 +72,45 @@ def test_unreadable_files_are_the_users_mistake(tmp_path):
     bad.write_text("{}")
     with pytest.raises(ConfigError, match="data.tokenizer=.*tokenizer.json"):
         load_tokenizer(str(bad))
+
+
+def test_each_document_ends_with_the_end_of_text():
+    one, two = encode_texts(["ab", "é"], load_tokenizer("byte"))
+    assert one.tolist() == [97, 98, 256]
+    assert two.tolist() == [0xC3, 0xA9, 256]
+
+
+def test_an_end_of_text_that_the_tokenizer_appends_is_not_doubled():
+    tokenizer = load_tokenizer("byte")
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A <|endoftext|>", special_tokens=[("<|endoftext|>", 256)]
+    )
+    assert encode_texts(["a"], tokenizer)[0].tolist() == [97, 256]
+
+
+def test_a_tokenizer_without_end_adds_nothing():
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    assert encode_texts(["a"], tokenizer)[0].tolist() == [0]
+
+
+def test_many_documents_keep_their_order():
+    texts = [str(number) for number in range(2500)]
+    tokenizer = load_tokenizer("byte")
+    assert [tokenizer.decode(ids[:-1].tolist()) for ids in encode_texts(texts, tokenizer)] == texts
+
+
+def test_a_trained_tokenizer_knows_its_words_and_every_byte(tmp_path):
+    tokenizer = train_tokenizer(["a patient river, a patient river"] * 9, 290)
+    assert end_of_text_id(tokenizer) == 0
+    assert len(tokenizer.encode(" patient").ids) < 4
+    for text in TEXTS[:4]:
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+    assert digest(train_tokenizer(["a patient river, a patient river"] * 9, 290)) == digest(tokenizer)
+
+
+def test_the_digest_is_of_the_tokenizer_and_not_of_its_file(tmp_path):
+    tokenizer = train_tokenizer(["some words"], 270)
+    for pretty in (True, False):
+        tokenizer.save(str(tmp_path / "tokenizer.json"), pretty=pretty)
+        assert digest(load_tokenizer(str(tmp_path / "tokenizer.json"))) == digest(tokenizer)
+    assert digest(train_tokenizer(["other words"], 270)) != digest(tokenizer)
