@@ -1,143 +1,128 @@
-"""Where metrics go: the console, `metrics.jsonl` and wandb."""
+"""Where metrics go besides the console: `metrics.jsonl`, wandb and TensorBoard, under the same names."""
 
 import dataclasses
 import json
 import math
 import secrets
+from collections.abc import Mapping
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
-
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe_trainer.config.schema import Config
 from moe_trainer.observe.log import get_logger
 
 _logger = get_logger(__name__)
 
-_COLUMNS = (
-    ("loss", "loss {:8.4f}"),
-    ("val_loss", "val_loss {:8.4f}"),
-    ("aux_loss", "aux {:7.4f}"),
-    ("z_loss", "z {:7.4f}"),
-    ("grad_norm", "grad_norm {:8.3f}"),
-    ("lr", "lr {:.2e}"),
-    ("tokens_per_second", "tok/s {:9,.0f}"),
-    ("mfu", "mfu {:6.1%}"),
-    ("memory_gib", "mem {:6.2f} GiB"),
-    ("expert_load_max_over_mean", "load {:5.2f}"),
-)
+_WANDB_SECONDS = 60
+"""For a login, for a run to begin; twice as long for the last upload."""
+Metrics = Mapping[str, Any]
+"""Numbers by name; `expert_load` alone is a table of counts, [sparse layers][experts]."""
 
 
 class Sink(Protocol):
-    """Takes the metrics of each step; `step` is the number of steps taken."""
+    """Takes the metrics of each step; `step` is the number of steps taken. What it raises ends it, not the run."""
 
-    def log(self, step: int, metrics: dict[str, float]) -> None: ...
+    def log(self, step: int, metrics: Metrics) -> None: ...
 
     def close(self) -> None: ...
 
 
-class ConsoleSink:
-    """One aligned line a step on stdout and, on a terminal only, a progress bar below.
+class JsonlSink:
+    """Appends one JSON object a line, at once. JSON has no NaN or infinity: they are written as null.
 
-    Of the training steps it prints the first, each `every`-th and the last; a validation line is always printed.
+    Where the disk is full the lines wait in memory, the newest `max_waiting` bytes, and are written as soon as there
+    is room: the record of a run has no hole because somebody else filled the disk for an hour.
     """
 
-    def __init__(self, total_steps: int, start_step: int, every: int, console: Console | None = None) -> None:
-        self._console = console or Console()
-        self._total, self._start, self._every = total_steps, start_step, max(1, every)
-        self._progress: Progress | None = None
-        if self._console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self._progress = Progress(*columns, console=self._console)
-            self._task = self._progress.add_task("training", total=total_steps, completed=start_step)
-            self._progress.start()
+    def __init__(self, path: Path, max_waiting: int = 2**26) -> None:
+        drop_torn_line(path)
+        # Unbuffered: `write` says how much of a line reached the file, so the rest can follow later.
+        self._file = path.open("ab", buffering=0)
+        self._waiting = b""
+        self._max_waiting = max_waiting
+        self._is_failing = False
 
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        due = step % self._every == 0 or step in (self._start + 1, self._total)
-        if due or "val_loss" in metrics:
-            width = len(str(self._total))
-            parts = [layout.format(metrics[key]) for key, layout in _COLUMNS if key in metrics]
-            line = "  ".join([f"step {step:{width}}/{self._total}", *parts])
-            if self._progress is None:
-                print(line, file=self._console.file, flush=True)
-            else:
-                self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        if self._progress is not None:
-            self._progress.update(self._task, completed=step)
-
-    def close(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-
-
-class JsonlSink:
-    """Appends one JSON object a line, flushed. JSON has no NaN or infinity: they are written as null."""
-
-    def __init__(self, path: Path) -> None:
-        _drop_torn_line(path)
-        self._file = path.open("a", encoding="utf-8")
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        finite = {key: value if math.isfinite(value) else None for key, value in metrics.items()}
-        self._file.write(json.dumps({"step": step, **finite}, allow_nan=False) + "\n")
-        self._file.flush()
+    def log(self, step: int, metrics: Metrics) -> None:
+        finite = {key: _finite(value) for key, value in metrics.items()}
+        self._waiting += (json.dumps({"step": step, **finite}, allow_nan=False) + "\n").encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+            self._is_failing = False
+        except OSError as error:
+            if not self._is_failing:
+                _logger.warning("%s: %s; training goes on, the lines wait in memory", self._file.name, error)
+            self._is_failing = True
+            self._forget_oldest()
 
     def close(self) -> None:
         self._file.close()
+        if self._waiting:
+            _logger.warning("%s lacks its last %d line(s)", self._file.name, self._waiting.count(b"\n"))
+
+    def _forget_oldest(self) -> None:
+        """Keep the first line, which may be half written, and of the others the newest."""
+        if len(self._waiting) > self._max_waiting:
+            first = self._waiting.index(b"\n") + 1
+            newest = self._waiting.index(b"\n", max(first, len(self._waiting) - self._max_waiting // 2)) + 1
+            self._waiting = self._waiting[:first] + self._waiting[newest:]
 
 
 class WandbSink:
-    """Sends metrics to wandb, imported only here. Whatever it raises is warned about once and ends only wandb.
+    """Sends metrics to wandb, imported only here.
 
     The run's id is kept in `wandb_id.txt`, so a resumed run goes on in the same wandb run. `step` is an ordinary
     metric there, the x axis of the others: wandb's own counter would refuse the repeated steps of a resume.
     """
 
     def __init__(self, run_folder: Path, cfg: Config) -> None:
-        self._run: Any = None
         try:
             import wandb
+        except ImportError as error:
+            raise RuntimeError("it is not installed (pip install wandb)") from error
+        # Without a login or a network it must give up, not wait at a prompt or for a server for ever.
+        waits = {"login_timeout": _WANDB_SECONDS, "init_timeout": _WANDB_SECONDS}
+        settings = wandb.Settings(silent=True, console="off", **waits)
+        if hasattr(settings, "finish_timeout"):  # of recent versions
+            settings.finish_timeout = 2 * _WANDB_SECONDS
+        self._run: Any = wandb.init(
+            project=cfg.logging.wandb_project,
+            name=cfg.run_name,
+            id=_wandb_id(run_folder / "wandb_id.txt"),
+            resume="allow",
+            dir=str(run_folder),
+            mode=cfg.logging.wandb.value,
+            config=_plain(dataclasses.asdict(cfg)),
+            settings=settings,
+        )
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
-            self._run = wandb.init(
-                project=cfg.logging.wandb_project,
-                name=cfg.run_name,
-                id=_wandb_id(run_folder / "wandb_id.txt"),
-                resume="allow",
-                dir=str(run_folder),
-                mode=cfg.logging.wandb.value,
-                config=_plain(dataclasses.asdict(cfg)),
-                # Without a login it must give up, not wait at a prompt for ever.
-                settings=wandb.Settings(silent=True, console="off", login_timeout=30),
-            )
-            self._run.define_metric("step")
-            self._run.define_metric("*", step_metric="step")
-        except ImportError:
-            self._give_up("it is not installed (pip install wandb)")
-        except Exception as error:
-            self._give_up(str(error))
-
-    def log(self, step: int, metrics: dict[str, float]) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.log({"step": step, **metrics})
-        except Exception as error:
-            self._give_up(str(error))
+    def log(self, step: int, metrics: Metrics) -> None:
+        self._run.log({"step": step, **_numbers(metrics)})
 
     def close(self) -> None:
-        if self._run is None:
-            return
-        try:
-            self._run.finish()
-        except Exception as error:
-            self._give_up(str(error))
+        self._run.finish()
 
-    def _give_up(self, reason: str) -> None:
-        self._run = None
-        first_line = (reason.strip() or "no reason given").splitlines()[0]
-        _logger.warning("wandb is off for the rest of this run, training goes on: %s", first_line[:200])
+
+class TensorBoardSink:
+    """Writes TensorBoard's event files, with the library imported only here.
+
+    On resume, what an earlier command wrote of later steps is purged.
+    """
+
+    def __init__(self, folder: Path, start_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder), purge_step=start_step + 1)
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        for name, value in _numbers(metrics).items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._writer.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -157,13 +142,22 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [latest[key] for key in sorted(latest)]
 
 
-def _drop_torn_line(path: Path) -> None:
-    # A line cut short by a crash would swallow the first line of the resumed run.
+def drop_torn_line(path: Path) -> None:
+    """Cut off what follows the last line end: a line that a crash cut short would swallow a resumed run's first."""
     if not path.exists():
         return
     with path.open("r+b") as file:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _numbers(metrics: Metrics) -> dict[str, float]:
+    """Without tables, which only the file holds."""
+    return {name: value for name, value in metrics.items() if isinstance(value, (int, float))}
 
 
 def _wandb_id(path: Path) -> str:
@@ -176,4 +170,6 @@ def _plain(value: Any) -> Any:
     """Enums by value, at any depth."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return value.value if isinstance(value, Enum) else value

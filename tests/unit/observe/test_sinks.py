@@ -1,16 +1,20 @@
 import io
 import json
 import logging
+import socket
 import sys
 import threading
+import time
 import types
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
-from rich.console import Console
 
 from moe_trainer.config.schema import Config, WandbMode
-from moe_trainer.observe.sinks import ConsoleSink, JsonlSink, WandbSink, read_metrics
+from moe_trainer.observe import metrics as metrics_module
+from moe_trainer.observe import sinks
+from moe_trainer.observe.metrics import MetricsLog
+from moe_trainer.observe.sinks import JsonlSink, TensorBoardSink, WandbSink, read_metrics
 
 METRICS = {
     "loss": 2.5,
@@ -21,6 +25,16 @@ METRICS = {
     "memory_gib": 0.25,
     "expert_load_max_over_mean": 1.5,
 }
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """Texts of the package's messages."""
+    found = []
+    handler = logging.Handler()
+    handler.emit = lambda record: found.append(record.getMessage())
+    monkeypatch.setattr(logging.getLogger("moe_trainer"), "handlers", [handler])
+    return found
 
 
 def write(path, *records):
@@ -34,44 +48,6 @@ def wandb_config(mode):
     cfg = Config()
     cfg.logging.wandb = mode
     return cfg
-
-
-def test_a_plain_console_has_aligned_lines_and_nothing_else(capsys):
-    sink = ConsoleSink(total_steps=1000, start_step=0, every=1)
-    sink.log(1, METRICS)
-    sink.log(1000, METRICS | {"loss": 123.25, "tokens_per_second": 7.0, "grad_norm": float("nan")})
-    sink.close()
-    out = capsys.readouterr().out
-    first, last = out.splitlines()
-    assert first == (
-        "step    1/1000  loss   2.5000  aux  1.0100  grad_norm    0.500  lr 3.00e-04  "
-        "tok/s    12,346  mem   0.25 GiB  load  1.50"
-    )
-    assert len(first) == len(last) and "nan" in last
-    assert "\x1b" not in out
-
-
-def test_what_is_not_measured_is_not_shown(capsys):
-    ConsoleSink(10, 0, 1).log(1, {"loss": 1.0})
-    assert capsys.readouterr().out == "step  1/10  loss   1.0000\n"
-
-
-def test_validation_is_always_printed_and_a_resumed_run_prints_its_first_step(capsys):
-    sink = ConsoleSink(total_steps=100, start_step=41, every=50)
-    sink.log(42, {"loss": 1.0})
-    sink.log(43, {"loss": 1.0})
-    sink.log(44, {"val_loss": 1.0})
-    assert [line.split("/")[0] for line in capsys.readouterr().out.splitlines()] == ["step  42", "step  44"]
-
-
-def test_a_terminal_gets_a_progress_bar_below_the_lines():
-    terminal = Console(file=io.StringIO(), force_terminal=True, width=160)
-    sink = ConsoleSink(total_steps=10, start_step=4, every=1, console=terminal)
-    sink.log(5, METRICS)
-    sink.close()
-    screen = terminal.file.getvalue()
-    assert "loss   2.5000" in screen
-    assert "5/10" in screen.rsplit("training", 1)[1]
 
 
 def test_a_line_is_there_at_once_and_what_is_not_finite_is_null(tmp_path):
@@ -132,7 +108,7 @@ def test_wandb_offline_writes_a_run_and_calls_nobody(tmp_path, monkeypatch):
         monkeypatch.setenv(home, str(tmp_path / "home"))
     for _ in range(2):  # the second time as a resumed run
         sink = WandbSink(tmp_path, wandb_config(WandbMode.offline))
-        sink.log(1, METRICS)
+        sink.log(1, METRICS | {"expert_load": [[1, 2]]})
         sink.close()
     server.shutdown()
     server.server_close()
@@ -143,8 +119,7 @@ def test_wandb_offline_writes_a_run_and_calls_nobody(tmp_path, monkeypatch):
     assert calls == []
 
 
-@pytest.mark.parametrize("broken", ["import", "init", "log", "finish"])
-def test_a_broken_wandb_is_warned_about_once_and_stops_nothing(tmp_path, monkeypatch, broken):
+def wandb_that_fails_at(broken: str) -> types.SimpleNamespace:
     def fail(*args, **kwargs):
         raise RuntimeError(f"no {broken} today")
 
@@ -154,17 +129,133 @@ def test_a_broken_wandb_is_warned_about_once_and_stops_nothing(tmp_path, monkeyp
     run = types.SimpleNamespace(
         define_metric=fine, log=fail if broken == "log" else fine, finish=fail if broken == "finish" else fine
     )
-    fake = types.SimpleNamespace(
-        init=fail if broken == "init" else lambda **kwargs: run, Settings=lambda **kwargs: kwargs
-    )
-    monkeypatch.setitem(sys.modules, "wandb", None if broken == "import" else fake)
-    records = []
-    handler = logging.Handler()
-    handler.emit = records.append
-    monkeypatch.setattr(logging.getLogger("moe_trainer"), "handlers", [handler])
-    sink = WandbSink(tmp_path, wandb_config(WandbMode.online))
+    init = fail if broken == "init" else lambda **kwargs: run
+    return types.SimpleNamespace(init=init, Settings=lambda **kwargs: types.SimpleNamespace(**kwargs))
+
+
+@pytest.mark.parametrize("broken", ["import", "init", "log", "finish"])
+def test_a_broken_wandb_is_warned_about_once_and_stops_nothing(tmp_path, monkeypatch, warnings, broken):
+    monkeypatch.setitem(sys.modules, "wandb", None if broken == "import" else wandb_that_fails_at(broken))
+    log = MetricsLog(tmp_path, wandb_config(WandbMode.online), total_steps=3, start_step=0)
     for step in (1, 2, 3):
-        sink.log(step, METRICS)
+        log.log(step, METRICS)
+    log.close()
+    assert len(warnings) == 1
+    assert ("pip install wandb" if broken == "import" else f"no {broken} today") in warnings[0]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 3
+
+
+@pytest.mark.slow
+def test_wandb_that_cannot_be_reached_is_given_up(tmp_path, monkeypatch, warnings):
+    """A closed port stands for a network that is down; the key only looks like one."""
+    pytest.importorskip("wandb")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    for home in ("HOME", "WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR"):
+        monkeypatch.setenv(home, str(tmp_path / "home"))
+    monkeypatch.setattr(sinks, "_WANDB_SECONDS", 5)
+    log = MetricsLog(tmp_path, wandb_config(WandbMode.online), total_steps=1, start_step=0)
+    log.log(1, METRICS)
+    log.close()
+    assert len(warnings) == 1 and warnings[0].startswith("wandb is off")
+    assert [line["loss"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [2.5]
+
+
+@pytest.mark.parametrize("name", ["the console", "TensorBoard"])
+def test_any_other_sink_may_break_too(tmp_path, monkeypatch, warnings, name):
+    class Broken:
+        def __init__(self, *args):
+            self.calls = 0
+
+        def log(self, step, metrics):
+            self.calls += 1
+            raise OSError("broken pipe")
+
+        close = log
+
+    monkeypatch.setattr(
+        metrics_module, {"the console": "ConsoleSink", "TensorBoard": "TensorBoardSink"}[name], Broken
+    )
+    cfg = Config()
+    cfg.logging.tensorboard = name == "TensorBoard"
+    log = MetricsLog(tmp_path, cfg, total_steps=2, start_step=0)
+    for step in (1, 2):
+        log.log(step, METRICS)
+    log.close()
+    assert warnings == [f"{name} is off for the rest of this run, training goes on: broken pipe"]
+    assert len(read_metrics(tmp_path / "metrics.jsonl")) == 2
+
+
+class FullDisk:
+    """A file on a disk with so many bytes left, which takes a part of what does not fit, as a disk does."""
+
+    def __init__(self, file: io.FileIO, room: int) -> None:
+        self.file, self.room, self.name = file, room, file.name
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(28, "No space left on device")
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_full_disk_loses_no_line_once_there_is_room(tmp_path, warnings):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path)
+    sink._file = FullDisk(sink._file, room=30)
+    for step in range(1, 6):
+        sink.log(step, {"loss": 1.0 / step})
+    assert path.stat().st_size == 30 and len(warnings) == 1 and "No space left" in warnings[0]
+    sink._file.room = 10_000
+    sink.log(6, {"loss": 0.0})
     sink.close()
-    assert len(records) == 1
-    assert ("pip install wandb" if broken == "import" else f"no {broken} today") in records[0].getMessage()
+    assert [line["step"] for line in read_metrics(path)] == [1, 2, 3, 4, 5, 6]
+    assert len(warnings) == 1
+
+
+def test_a_disk_that_stays_full_costs_the_oldest_lines_and_little_memory(tmp_path, warnings):
+    path = tmp_path / "metrics.jsonl"
+    sink = JsonlSink(path, max_waiting=1000)
+    sink._file = FullDisk(sink._file, room=10)
+    for step in range(1, 200):
+        sink.log(step, {"loss": 0.5})
+        assert len(sink._waiting) <= 1000
+    sink._file.room = 10_000
+    sink.log(200, {"loss": 0.5})
+    sink.close()
+    steps = [line["step"] for line in read_metrics(path)]
+    assert steps[0] == 1 and steps[-1] == 200 and steps[1:] == list(range(steps[1], 201))
+    assert len(steps) > 10
+
+
+def test_a_run_that_ends_on_a_full_disk_says_what_is_missing(tmp_path, warnings):
+    sink = JsonlSink(tmp_path / "metrics.jsonl")
+    sink._file = FullDisk(sink._file, room=5)
+    sink.log(1, METRICS)
+    sink.log(2, METRICS)
+    sink.close()
+    assert "lacks its last 2 line(s)" in warnings[-1]
+
+
+def test_tensorboard_shows_the_same_names_and_no_step_of_before_a_resume(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    first = TensorBoardSink(tmp_path, 0)
+    for step in (1, 2, 3):
+        first.log(step, METRICS | {"expert_load": [[1, 2]]})
+    first.close()
+    time.sleep(1.1)  # files are named by the second
+    resumed = TensorBoardSink(tmp_path, 1)
+    resumed.log(2, METRICS | {"loss": 7.0})
+    resumed.close()
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert set(events.Tags()["scalars"]) == set(METRICS)
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 2.5), (2, 7.0)]
