@@ -20,13 +20,21 @@ class Linear(nn.Module):
         self.heads = heads
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
+        self.lora_a: nn.Parameter | None = None
+        self.lora_b: nn.Parameter | None = None
+        self.lora_scale = 1.0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.compute(x, self.weight, self.bias)
+        out = self.compute(x, self.weight, self.bias)
+        return out if self.lora_a is None else out + self.adapt(x, self.lora_a, self.lora_b)
 
     def compute(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[..., in_features] -> [..., out_features]."""
         return F.linear(x, weight, bias)
+
+    def adapt(self, x: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor) -> torch.Tensor:
+        """What the adapters add to the output: see `models.lora`."""
+        return F.linear(F.linear(x, lora_a), lora_b) * self.lora_scale
 
 
 class Embedding(nn.Module):

@@ -36,6 +36,6 @@ def learning_rate(step: int, optim: OptimConfig, schedule_steps: int) -> float:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this rate."""
+    """Give every parameter group this rate, times its own `lr_scale` if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)

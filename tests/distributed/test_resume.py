@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import logging
 from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from moe_trainer.checkpoint.manager import read_document
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import (
+    Change,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -26,6 +28,7 @@ from moe_trainer.config.schema import (
     ScheduleName,
 )
 from moe_trainer.config.validate import resolve_parallel, world_size_of
+from moe_trainer.data.tokenizer import load_tokenizer
 from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
@@ -159,6 +162,9 @@ def test_auto_goes_on_with_the_same_folder_and_keeps_the_horizon(trained):
     assert (state["step"], state["samples"], state["schedule_steps"]) == (WHOLE, 4 * WHOLE, HALF)
     assert [line["step"] for line in read_metrics(folder / "auto" / "metrics.jsonl")] == list(range(1, WHOLE + 1))
     assert state["tokens"] == read_metrics(folder / "auto" / "metrics.jsonl")[-1]["tokens"]
+    for shard in (folder / "auto" / "checkpoints").rglob("*.distcp"):
+        shard.write_bytes(b"")
+    assert "holds no undamaged checkpoint (2 damaged)" in run_distributed(refuse, 2, cfg)[0]
 
 
 def refuse(cfg: Config) -> str:
@@ -168,14 +174,61 @@ def refuse(cfg: Config) -> str:
     return str(caught.value)
 
 
-def test_another_model_or_other_data_are_refused_by_name(trained):
+def test_what_changes_the_meaning_is_refused_by_name_unless_allowed(trained, tmp_path):
     dtype = DType.float64
     folder, _ = trained(dtype)
     checkpoint = str(folder / "one" / "checkpoints" / f"step-{HALF:08d}")
-    cfg = config(folder, "fsdp2", dtype, resume=checkpoint)
-    wider = replace(cfg, model=replace(cfg.model, intermediate_size=64))
-    for text in run_distributed(refuse, 2, wider):
-        assert "model.intermediate_size=64 (there 32)" in text
+    cfg = replace(config(folder, "fsdp2", dtype, resume=checkpoint), run_dir=str(tmp_path))
+    wider = replace(cfg, model=replace(cfg.model, intermediate_size=64), seed=1)
     other = replace(cfg, data=DataConfig(text="something else, and long enough", global_batch_size=4))
-    for text in run_distributed(refuse, 2, other):
-        assert "data.path" in text and "model.init_from" in text
+    tokenizer = load_tokenizer("byte")
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    words = replace(cfg, data=replace(cfg.data, tokenizer=str(tmp_path / "tokenizer.json")))
+    (tmp_path / "data.jsonl").write_text(TEXT.replace("three", "3"))
+    moved = replace(cfg, data=replace(cfg.data, path=str(tmp_path / "data.jsonl"), micro_batch_size=2))
+    texts = run_distributed(refuse_each, 2, [wider, other, words, moved])[0]
+    assert "another model: model.intermediate_size=64 (there 32); another seed: seed=1 (there 0)" in texts[0]
+    assert "checkpoint.allow_changes=[model,seed]" in texts[0]
+    assert "another data: data.text=something else" in texts[1] and "model.init_from" in texts[1]
+    assert "another tokenizer: data.tokenizer" in texts[2]
+    assert "another data: data.path=" in texts[3] and "), or the files' content; go back" in texts[3]
+    assert "micro_batch_size" not in texts[3]
+    allowed = {"seed": Change.seed, "data": Change.data, "tokenizer": Change.tokenizer}
+    fine = [replace(cfg, seed=1), other, words]
+    for run, change in zip(fine, allowed.values(), strict=True):
+        run.checkpoint = replace(cfg.checkpoint, allow_changes=[change])
+    steps = run_distributed(start_each, 2, fine)[0]
+    assert steps == [(HALF, 1), (HALF, 0), (HALF, 0)]
+
+
+def refuse_each(cfgs: list[Config]) -> list[str]:
+    return [refuse(cfg) for cfg in cfgs]
+
+
+def start_each(cfgs: list[Config]) -> list[tuple[int, int]]:
+    trainers = [Trainer(cfg, torch.device("cpu")) for cfg in cfgs]
+    for trainer in trainers:
+        trainer.start()
+    return [(trainer.state.step, trainer.state.seed) for trainer in trainers]
+
+
+def say_what_changed(cfg: Config) -> list[str]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    logging.getLogger("moe_trainer").addHandler(handler)
+    logging.getLogger("moe_trainer").setLevel(logging.INFO)
+    Trainer(cfg, torch.device("cpu")).start()
+    return records
+
+
+def test_what_may_change_is_said_in_one_line(trained, tmp_path):
+    folder, _ = trained(DType.float64)
+    cfg = config(folder, "fsdp2_tp2", DType.float64, resume=str(folder / "one"))
+    cfg = replace(cfg, run_dir=str(tmp_path), optim=replace(cfg.optim, lr=1e-3))
+    line = run_distributed(say_what_changed, 4, cfg)[0][-1]
+    assert line.startswith("resumed from ") and "\n" not in line
+    for change in ("parallel.fsdp 1 -> 2", "parallel.tp 1 -> 2", "optim.lr 0.003 -> 0.001"):
+        assert change in line
+    assert "run_name" not in line and "steps" not in line

@@ -17,6 +17,7 @@ def build_mixtral(cfg: ModelConfig) -> CausalLM:
             SparseMoeBlock(
                 Router(cfg.hidden_size, cfg.num_experts, cfg.top_k),
                 Experts(cfg.hidden_size, cfg.intermediate_size, cfg.num_experts),
+                capacity_factor=cfg.capacity_factor,
             ),
             cfg.hidden_size,
             cfg.rms_norm_eps,

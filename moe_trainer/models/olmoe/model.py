@@ -35,6 +35,7 @@ def build_olmoe(cfg: ModelConfig) -> CausalLM:
             SparseMoeBlock(
                 Router(cfg.hidden_size, cfg.num_experts, cfg.top_k, cfg.norm_topk_prob),
                 Experts(cfg.hidden_size, cfg.intermediate_size, cfg.num_experts),
+                capacity_factor=cfg.capacity_factor,
             ),
             cfg.hidden_size,
             cfg.rms_norm_eps,

@@ -44,5 +44,6 @@ def _layer(cfg: ModelConfig, layer: int) -> DecoderLayer:
         mlp = SparseMoeBlock(
             Router(cfg.hidden_size, cfg.num_experts, cfg.top_k, cfg.norm_topk_prob),
             Experts(cfg.hidden_size, cfg.intermediate_size, cfg.num_experts),
+            capacity_factor=cfg.capacity_factor,
         )
     return DecoderLayer(Qwen3Attention(cfg, layer), mlp, cfg.hidden_size, cfg.rms_norm_eps)
