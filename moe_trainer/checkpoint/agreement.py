@@ -26,18 +26,21 @@ def is_rank_zero() -> bool:
     return not is_distributed() or dist.get_rank() == 0
 
 
-def gather(value: T) -> list[T]:
-    """Every rank's value, in rank order. Collective; the value must be picklable."""
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """Every rank's value, in rank order. Collective; the value must be picklable.
+
+    `group`: all ranks too, for a thread whose collectives must not meet those of training.
+    """
     if not is_distributed():
         return [value]
     values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
 @contextmanager
-def agreed(action: str) -> Iterator[None]:
-    """Run the body, then raise on every rank what any rank raised. Collective; the body may be too.
+def agreed(action: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
+    """Run the body, then raise on every rank what any rank raised. Collective, over `group`; the body may be too.
 
     Raises:
         ConfigError: some rank raised one, or an operating system error such as a full disk.
@@ -48,7 +51,7 @@ def agreed(action: str) -> Iterator[None]:
         yield
     except (Exception, CheckpointException) as caught:  # the latter derives from BaseException
         error = caught
-    texts = gather(None if error is None else (_is_users(error), describe_error(error)))
+    texts = gather(None if error is None else (_is_users(error), describe_error(error)), group)
     failed = {rank: text for rank, text in enumerate(texts) if text is not None}
     if not failed:
         return

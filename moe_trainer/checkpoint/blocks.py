@@ -1,13 +1,15 @@
 """Blocks of a checkpoint's tensors, read by one process without the rest of them.
 
-DCP reads whatever one rank saved of a tensor whole, even for a few rows of it. Here the files are mapped into memory
-and only the wanted rows are copied, so an export needs no more than the tensor it is writing.
+DCP reads whatever one rank saved of a tensor whole, even for a few rows of it. Here only the wanted rows are read, a
+few megabytes at a time, so an export needs no more than the tensor it is writing. They are read, not mapped into
+memory: a mapped file that somebody cuts short takes the whole process down with SIGBUS.
 """
 
 import math
-import mmap
+import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -15,12 +17,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.utils import _create_file_view
 
+from moe_trainer.checkpoint.agreement import describe_error
 from moe_trainer.checkpoint.sharded import read_metadata
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.parallel.shards import Box
 
 _BUFFER_BYTES = 8 << 20
-"""Copied at a time, on the way from the file's pages and dtype to the caller's."""
+"""Read at a time."""
 
 
 class StoredBlocks:
@@ -34,17 +37,18 @@ class StoredBlocks:
         """
         self._folder = folder
         self._metadata = read_metadata(folder)
-        self._maps: dict[str, mmap.mmap] = {}
-        self._chunks: dict[MetadataIndex, np.ndarray] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._chunks: dict[MetadataIndex, _Stored] = {}
         for name in names:
             entry = self._metadata.state_dict_metadata[name]
             for chunk in entry.chunks:
                 index = MetadataIndex(name, chunk.offsets)
-                path = folder / self._metadata.storage_data[index].relative_path
+                path = folder / ".metadata"
                 try:
+                    path = folder / self._metadata.storage_data[index].relative_path
                     self._chunks[index] = self._locate(index, chunk.sizes, entry.properties.dtype)
                 except Exception as error:  # a damaged file raises almost anything
-                    raise ConfigError(f"{path} cannot be read: {error}") from error
+                    raise ConfigError(f"{path} cannot be read: {describe_error(error)}") from error
 
     def read(self, name: str, box: Box, out: torch.Tensor) -> None:
         """Copy one block of a tensor into `out`, of the block's shape, casting to its dtype."""
@@ -55,46 +59,74 @@ class StoredBlocks:
             stops = [min(part.stop, offset + size) for part, offset, size in ends]
             if any(stop <= start for start, stop in zip(starts, stops, strict=True)):
                 continue
-            source = self._chunks[MetadataIndex(name, chunk.offsets)][_shifted(starts, stops, chunk.offsets)]
+            stored = self._chunks[MetadataIndex(name, chunk.offsets)]
             place = out[_shifted(starts, stops, [part.start for part in box])]
-            _copy(source, entry.properties.dtype, place)
+            _read(stored, _shifted(starts, stops, chunk.offsets), entry.properties.dtype, place)
 
-    def _locate(self, index: MetadataIndex, sizes: torch.Size, dtype: torch.dtype) -> np.ndarray:
-        """What one rank saved of a tensor, still in the file, as integers of the dtype's width.
+    def _locate(self, index: MetadataIndex, sizes: torch.Size, dtype: torch.dtype) -> "_Stored":
+        """Where what one rank saved of a tensor lies in its file.
 
         DCP writes one after the other what `torch.save` makes of each tensor.
         """
         info = self._metadata.storage_data[index]
         path = self._folder / info.relative_path
-        with path.open("rb") as file:
-            if info.relative_path not in self._maps:
-                self._maps[info.relative_path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            # Fake tensors carry strides and the place of their bytes, which stay unread.
-            with FakeTensorMode():
-                saved = torch.load(_create_file_view(file, info.offset, info.length), weights_only=True)
+        if info.relative_path not in self._files:
+            self._files[info.relative_path] = path.open("rb", buffering=0)
+        file = self._files[info.relative_path]
+        # Fake tensors carry strides and the place of their bytes, which stay unread.
+        with FakeTensorMode():
+            saved = torch.load(_create_file_view(file, info.offset, info.length), weights_only=True)
         if saved.shape != sizes or saved.dtype != dtype:
             raise ValueError(f"{index.fqn}: {saved.dtype} {list(saved.shape)} is not {dtype} {list(sizes)}")
-        width = dtype.itemsize
-        return np.ndarray(  # refuses what would lie outside the file
-            tuple(sizes),
-            f"i{width}",
-            buffer=self._maps[info.relative_path],
-            offset=info.offset + saved.untyped_storage()._checkpoint_offset + saved.storage_offset() * width,
-            strides=[stride * width for stride in saved.stride()],
-        )
+        if saved.numel() and not saved.is_contiguous():
+            raise ValueError(f"{index.fqn} does not lie in one piece")
+        start = saved.untyped_storage()._checkpoint_offset + saved.storage_offset() * dtype.itemsize
+        if start < 0 or start + saved.numel() * dtype.itemsize > info.length:
+            raise ValueError(f"{index.fqn} leads outside of its part of the file")
+        return _Stored(path, file.fileno(), info.offset + start, tuple(sizes))
+
+
+class _Stored(NamedTuple):
+    """A block in a file: its values one after the other, the last dim fastest."""
+
+    path: Path
+    descriptor: int
+    offset: int
+    sizes: tuple[int, ...]
 
 
 def _shifted(starts: Sequence[int], stops: Sequence[int], origin: Sequence[int]) -> Box:
     return tuple(slice(start - zero, stop - zero) for start, stop, zero in zip(starts, stops, origin, strict=True))
 
 
-def _copy(source: np.ndarray, dtype: torch.dtype, place: torch.Tensor) -> None:
-    """A buffer at a time."""
-    rows = _BUFFER_BYTES // (math.prod(source.shape[1:]) * dtype.itemsize)
-    if rows == 0 and source.ndim > 1:
-        for row in range(len(source)):
-            _copy(source[row], dtype, place[row])
+def _read(stored: _Stored, part: Box, dtype: torch.dtype, place: torch.Tensor) -> None:
+    """A part of the block into `place`, a buffer at a time."""
+    width = dtype.itemsize
+    if not stored.sizes:
+        place.copy_(_values(stored, 0, 1, dtype).view(()))
         return
-    for start in range(0, len(source), max(1, rows)):
-        # A copy, because the bytes in the file need not be aligned.
-        place[start : start + rows].copy_(torch.from_numpy(source[start : start + rows].copy()).view(dtype))
+    row, (first, *others) = math.prod(stored.sizes[1:]), part
+    rows = _BUFFER_BYTES // (row * width)
+    if rows == 0 and others:
+        for number in range(first.start, first.stop):
+            below = stored._replace(offset=stored.offset + number * row * width, sizes=stored.sizes[1:])
+            _read(below, tuple(others), dtype, place[number - first.start])
+        return
+    rows = max(1, rows)
+    for start in range(first.start, first.stop, rows):
+        stop = min(start + rows, first.stop)
+        here, shape = place[start - first.start : stop - first.start], (-1, *stored.sizes[1:])
+        # Not kept under a name, which would hold two buffers at a time.
+        here.copy_(_values(stored, start * row, stop * row, dtype).view(shape)[(slice(None), *others)])
+
+
+def _values(stored: _Stored, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
+    """Values number `start` to `stop` of a block."""
+    values = np.empty(stop - start, f"i{dtype.itemsize}")
+    raw, done = memoryview(values).cast("B"), 0
+    while done < len(raw):
+        read = os.preadv(stored.descriptor, [raw[done:]], stored.offset + start * dtype.itemsize + done)
+        if not read:
+            raise ConfigError(f"{stored.path} is shorter than it was: it was changed while it was read")
+        done += read
+    return torch.from_numpy(values).view(dtype)

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from moe_trainer.checkpoint.blocks import StoredBlocks
 from moe_trainer.checkpoint.documents import model_config_from_json
 from moe_trainer.checkpoint.hf_write import LazyTensor, write_hf
+from moe_trainer.checkpoint.lora import StoredAdapters
 from moe_trainer.checkpoint.manager import TENSORS, read_document
 from moe_trainer.checkpoint.sharded import stored_tensors
 from moe_trainer.config.errors import ConfigError
@@ -30,7 +31,8 @@ _NAMES = {
 def export_checkpoint(
     checkpoint: Path, out: Path, max_shard_bytes: int, dtype: DType, workers: int | None = None
 ) -> None:
-    """Write the weights, config.json, generation_config.json and the tokenizer for transformers to load.
+    """Write the weights, config.json, generation_config.json and the tokenizer for transformers to load. Adapters are
+    added to the weights.
 
     Not collective: it may run in one rank while a group lives, or with no group at all. Files are not compared with
     their hashes here; `resolve_checkpoint` does that.
@@ -51,6 +53,8 @@ def export_checkpoint(
     family = FAMILIES[model.family]
     key_map = dict(family.key_map(model, ()))
     unread = key_map.pop(UNREAD, ())
+    adapters = StoredAdapters(checkpoint, names)
+    names -= adapters.names
     if key_map.keys() != names:
         odd = sorted(key_map.keys() ^ names)
         raise ConfigError(f"{checkpoint}: weights and model.json do not fit: {', '.join(odd)}")
@@ -68,7 +72,7 @@ def export_checkpoint(
     }
     texts = {name: json.dumps(content, indent=2) + "\n" for name, content in documents.items()}
     blocks = StoredBlocks(checkpoint / TENSORS, (_PREFIX + name for name in names))
-    tensors = [*_hub_tensors(key_map, stored, target, blocks), *_unread(unread, target)]
+    tensors = [*_hub_tensors(key_map, stored, target, blocks, adapters), *_unread(unread, target)]
     write_hf(out, tensors, texts | {"tokenizer.json": tokenizer}, max_shard_bytes, workers)
 
 
@@ -89,7 +93,11 @@ def _special_tokens(tokenizer_json: str) -> dict[str, tuple[int, str]]:
 
 
 def _hub_tensors(
-    key_map: KeyMap, stored: Mapping[str, tuple[torch.Size, torch.dtype]], dtype: torch.dtype, blocks: StoredBlocks
+    key_map: KeyMap,
+    stored: Mapping[str, tuple[torch.Size, torch.dtype]],
+    dtype: torch.dtype,
+    blocks: StoredBlocks,
+    adapters: StoredAdapters,
 ) -> Iterator[LazyTensor]:
     """The file's tensors."""
     made_of: dict[str, list[tuple[str, Piece]]] = {}
@@ -102,7 +110,7 @@ def _hub_tensors(
         keeps = any(piece.keeps_dtype for _, piece in made_of[key])
         own = dtypes[made_of[key][0][0]] if keeps else dtype
         parts = [(name, shapes[name], piece) for name, piece in made_of[key]]
-        yield LazyTensor(key, shape, own, partial(_assemble, shape, own, parts, blocks))
+        yield LazyTensor(key, shape, own, partial(_assemble, shape, own, parts, blocks, adapters))
 
 
 def _assemble(
@@ -110,6 +118,7 @@ def _assemble(
     dtype: torch.dtype,
     parts: list[tuple[str, torch.Size, Piece]],
     blocks: StoredBlocks,
+    adapters: StoredAdapters,
 ) -> torch.Tensor:
     value = torch.empty(shape, dtype=dtype)
     for name, full, piece in parts:
@@ -117,7 +126,13 @@ def _assemble(
         place = (value.mT if piece.transposed else value)[source_box(piece, full)]
         for dim in set(range(len(box))) - set(kept):
             place = place.unsqueeze(dim)
-        blocks.read(_PREFIX + name, box, place)
+        if adapters.adapts(name):
+            merged = adapters.added(name, box)
+            base = torch.empty_like(merged)
+            blocks.read(_PREFIX + name, box, base)
+            place.copy_(base.add_(merged))
+        else:
+            blocks.read(_PREFIX + name, box, place)
     return value
 
 

@@ -50,7 +50,7 @@ def load_hf(
     """
     with ExitStack() as stack:
         with agreed("reading Hugging Face weights"):
-            files = _Files(folder, stack)
+            files = HubFiles(folder, stack)
             pieces = key_map(files.keys())
             _check(folder, files, pieces, parameters)
             for name, parameter in parameters.items():
@@ -64,7 +64,7 @@ def load_hf(
                     _fill(local, box, piece, parameter.shape, files)
 
 
-def _fill(local: torch.Tensor, box: Box, piece: Piece, shape: Sequence[int], files: "_Files") -> None:
+def _fill(local: torch.Tensor, box: Box, piece: Piece, shape: Sequence[int], files: "HubFiles") -> None:
     """Copy what a piece and a rank's block have in common."""
     target, kept = target_box(piece, shape)
     source = source_box(piece, shape)
@@ -90,7 +90,7 @@ def _part(source: slice, start: int, stop: int) -> slice:
     return slice(source.start + start * step, source.start + (stop - 1) * step + 1, step)
 
 
-def _read(piece: Piece, wanted: Box, files: "_Files") -> torch.Tensor:
+def _read(piece: Piece, wanted: Box, files: "HubFiles") -> torch.Tensor:
     """safetensors reads no steps: what lies between is read too, and left out here."""
     whole = tuple(slice(part.start, part.stop) for part in wanted)
     value = read_decoded(files.read, piece.key, piece.encoding, file_order(piece, whole))
@@ -99,7 +99,7 @@ def _read(piece: Piece, wanted: Box, files: "_Files") -> torch.Tensor:
     return value[tuple(slice(None, None, part.step) for part in wanted)]
 
 
-def _check(folder: Path, files: "_Files", pieces: KeyMap, parameters: Mapping[str, torch.Tensor]) -> None:
+def _check(folder: Path, files: "HubFiles", pieces: KeyMap, parameters: Mapping[str, torch.Tensor]) -> None:
     """Everything in the folder is used, everything in the model is filled."""
     problems = [f"no place in the file layout for parameter {name}" for name in parameters if name not in pieces]
     known = {name: pieces[name] for name in pieces if name in parameters}
@@ -134,7 +134,7 @@ def _check(folder: Path, files: "_Files", pieces: KeyMap, parameters: Mapping[st
         assert covered == parameters[name].numel(), f"the key map covers {covered} elements of {name}"
 
 
-def _check_twin(folder: Path, files: "_Files", piece: Piece, box: Box) -> None:
+def _check_twin(folder: Path, files: "HubFiles", piece: Piece, box: Box) -> None:
     """Refuse another value in the twin of what this rank keeps; all ranks together see all of it."""
     if not piece.twin or not volume(box):
         return
@@ -147,7 +147,7 @@ def _check_twin(folder: Path, files: "_Files", piece: Piece, box: Box) -> None:
             )
 
 
-class _Files:
+class HubFiles:
     """The tensors of a folder, by name; files are opened when first needed."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -175,13 +175,13 @@ class _Files:
         try:
             stored = self._handles[self._where[key]].get_slice(key)
             return stored[box]
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ConfigError(f"{self._where[key]} cannot be read: {error}") from error
 
     def _open(self, path: Path) -> Any:
         try:
             return self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, ValueError) as error:
             raise ConfigError(f"{path} is missing, truncated or damaged: {error}") from error
 
     def _compare_index(self, folder: Path, weight_map: Mapping[str, str]) -> None:
@@ -210,7 +210,7 @@ def _weight_map(folder: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         files = [PurePosixPath(file) for file in weight_map.values()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     for file in files:
         # By name only: the hub's own cache is made of links that lead elsewhere.

@@ -45,6 +45,7 @@ def write_hf(
     documents: Mapping[str, str],
     max_shard_bytes: int,
     workers: int | None = None,
+    single: str = SINGLE,
 ) -> None:
     """Write a Hugging Face folder: all of it or nothing. For one process; each worker holds one tensor at a time.
 
@@ -55,6 +56,7 @@ def write_hf(
         max_shard_bytes: most bytes of tensors in a file, save for a single larger tensor.
         workers: threads, each at a file of its own; None for as many as processors, at most 4. (The work is copies
             and writes, which hold no lock of Python's.) The bytes written are the same for any number.
+        single: name of the file, if all fits into one.
 
     Raises:
         ConfigError: `out` or `out.tmp` exists, or the disk refused.
@@ -63,7 +65,7 @@ def write_hf(
     for path in (out, temporary):
         if path.exists() or path.is_symlink():
             raise ConfigError(f"{path} exists already; remove it or choose another out")
-    files = _split(list(tensors), max_shard_bytes)
+    files = _split(list(tensors), max_shard_bytes, single)
     if len(files) > 1:
         documents = {**documents, INDEX: _index(files)}
     try:
@@ -84,7 +86,7 @@ def write_hf(
         raise ConfigError(f"{out} cannot be written: {error}") from error
 
 
-def _split(tensors: list[LazyTensor], max_shard_bytes: int) -> dict[str, list[LazyTensor]]:
+def _split(tensors: list[LazyTensor], max_shard_bytes: int, single: str) -> dict[str, list[LazyTensor]]:
     """File name -> its tensors."""
     shards: list[list[LazyTensor]] = [[]]
     size = 0
@@ -97,7 +99,7 @@ def _split(tensors: list[LazyTensor], max_shard_bytes: int) -> dict[str, list[La
     for shard in shards:
         shard.sort(key=lambda tensor: -tensor.dtype.itemsize)  # so that each lies at a multiple of its width
     if len(shards) == 1:
-        return {SINGLE: shards[0]}
+        return {single: shards[0]}
     return {
         f"model-{number:05d}-of-{len(shards):05d}.safetensors": shard for number, shard in enumerate(shards, start=1)
     }

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from moe_trainer.checkpoint.manager import TENSORS, read_commit, read_document
+from moe_trainer.checkpoint.manager import TENSORS, read_document
+from moe_trainer.checkpoint.manifest import read_commit
 from moe_trainer.checkpoint.sharded import stored_tensors
 from moe_trainer.config.errors import ConfigError
 
@@ -76,6 +77,6 @@ def _json(checkpoint: Path, name: str) -> dict[str, object]:
         return {}
     try:
         content = json.loads(read_document(checkpoint, name))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{checkpoint / name} cannot be read: {error}") from error
     return content if isinstance(content, dict) else {}

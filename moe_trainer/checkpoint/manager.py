@@ -9,16 +9,14 @@ All is written into `step-00000005.tmp` and synced; one rename publishes it. A c
 checkpoints as they were, and a `.tmp` or `.del` folder that the next save removes.
 """
 
-import json
+import itertools
 import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
-from hashlib import file_digest
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,18 +29,23 @@ from moe_trainer.checkpoint.agreement import (
     is_rank_zero,
     on_rank_zero,
 )
-from moe_trainer.checkpoint.sharded import save_tensors
+from moe_trainer.checkpoint.background import Background, HostCopy
+from moe_trainer.checkpoint.manifest import (
+    COMMIT,
+    STEP,
+    FileRecord,
+    damage,
+    record_files,
+    sync,
+    write_commit,
+    write_synced,
+)
+from moe_trainer.checkpoint.sharded import Block, blocks_to_write, save_blocks
 from moe_trainer.config.errors import ConfigError
 
-FORMAT = 1
-COMMIT = "COMMIT.json"
 TENSORS = "tensors"
-_STEP = re.compile(r"step-(\d{8,})")
 _LEFTOVER = re.compile(r"step-\d{8,}\.(tmp|del)")
 _logger = logging.getLogger(__name__)
-
-FileRecord = dict[str, int | str]
-"""`size` in bytes and `sha256` of a file."""
 
 
 class CheckpointManager:
@@ -55,6 +58,16 @@ class CheckpointManager:
         self.root = root
         self.keep_last = keep_last
         self.keep_every = keep_every
+        self.newest: int | None = None
+        """Step of the last checkpoint that this object published."""
+        self._host = HostCopy()
+        self._background = Background()
+        self._group: dist.ProcessGroup | None = None
+
+    @property
+    def failure(self) -> Exception | None:
+        """Why the last `start_save` published nothing, once that is known; the same text on every rank."""
+        return self._background.failure
 
     def save(self, step: int, tensors: Mapping[str, torch.Tensor], documents: Mapping[str, str]) -> Path:
         """Write and publish one checkpoint. Collective.
@@ -71,18 +84,86 @@ class CheckpointManager:
                 published then.
             RuntimeError: anything else that failed on some rank.
         """
+        self.wait()
+        with agreed(f"checkpoint of step {step}"):
+            blocks = blocks_to_write(tensors)
+        return self._publish(step, blocks, documents, _bytes(tensors), None)
+
+    def start_save(self, step: int, tensors: Mapping[str, torch.Tensor], documents: Mapping[str, str]) -> None:
+        """As `save`, but return as soon as the tensors are copied; a thread writes and publishes. Collective.
+
+        It waits for the save before. What fails is logged at once and is `failure` afterwards; it raises only for a
+        layout that cannot be saved. The thread has a process group of its own: its collectives never meet those of
+        training, whatever order the two come in. Where the memory for the copy is missing this saves as `save` does.
+        """
+        began = time.perf_counter()
+        waited = self.wait()
+        with agreed(f"checkpoint of step {step}"):
+            blocks = blocks_to_write(tensors)
+        if self._group is None and is_distributed():
+            self._group = dist.new_group(backend="gloo")
+        size, device, copies = _bytes(tensors), _device(blocks), self._copy(blocks)
+        pause = time.perf_counter() - began
+
+        def publish() -> None:
+            try:
+                began = time.perf_counter()
+                folder = self._publish(step, blocks if copies is None else copies, documents, size, self._group)
+            except Exception as error:
+                if is_rank_zero():
+                    _logger.error("the checkpoint of step %d was not saved: %s", step, describe_error(error))
+                raise
+            if is_rank_zero():
+                seconds = time.perf_counter() - began
+                text = "saved %s: %.1f MB in %.1f s; training paused for %.2f s"
+                text += f", {waited:.2f} s of it for the save before" if waited > 0.1 else ""
+                _logger.info(text, folder, size / 1e6, seconds, pause + seconds if copies is None else pause)
+
+        self._background.start(publish, device)
+        if copies is None:
+            _logger.warning("no host memory for a copy of the checkpoint: training waits while it is written")
+            self.wait()
+
+    def wait(self) -> float:
+        """Return when no save is under way; the seconds that took."""
+        return self._background.wait()
+
+    def _copy(self, blocks: Mapping[str, Block]) -> dict[str, Block] | None:
+        """The blocks in host memory; None on every rank if one of them has no room for its own. Collective."""
+        copies = None
+        # All look before any takes: what one has taken is no longer there for another to see.
+        if all(gather(self._host.fits(blocks, int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))):
+            try:
+                copies = self._host.take(blocks)
+            except RuntimeError as error:  # page-locked memory can be short even where there is other
+                _logger.warning("copying the checkpoint: %s", describe_error(error))
+        if all(gather(copies is not None)):
+            return copies
+        self._host.drop()
+        return None
+
+    def _publish(
+        self,
+        step: int,
+        blocks: Mapping[str, Block],
+        documents: Mapping[str, str],
+        size: int,
+        group: dist.ProcessGroup | None,
+    ) -> Path:
+        """Write what all ranks' blocks make, and publish it. Collective over `group`; `size`: bytes of all of it."""
         final = self.root / f"step-{step:08d}"
         temporary = final.with_name(final.name + ".tmp")
+        action = f"checkpoint of step {step}"
         try:
-            with agreed(f"checkpoint of step {step}"):
+            with agreed(action, group):
                 if is_rank_zero():
-                    self._prepare(final, temporary, tensors)
-            save_tensors(temporary / TENSORS, tensors)
+                    self._prepare(final, temporary, size)
+            save_blocks(temporary / TENSORS, blocks, group)
             records: dict[str, FileRecord] = {}
-            with agreed(f"checkpoint of step {step}"):
-                records = _record_files(temporary, _own_files(temporary))
-            gathered = {name: record for ranks in gather(records) for name, record in ranks.items()}
-            with agreed(f"checkpoint of step {step}"):
+            with agreed(action, group):
+                records = record_files(temporary, _own_files(temporary))
+            gathered = {name: record for ranks in gather(records, group) for name, record in ranks.items()}
+            with agreed(action, group):
                 if is_rank_zero():
                     _commit(temporary, final, step, gathered, documents)
         except (ConfigError, RuntimeError):
@@ -91,19 +172,19 @@ class CheckpointManager:
             raise
         if is_rank_zero():
             self._tidy(final)
+        self.newest = step
         return final
 
-    def _prepare(self, final: Path, temporary: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    def _prepare(self, final: Path, temporary: Path, need: int) -> None:
         self.root.mkdir(parents=True, exist_ok=True)
         if final.exists():
             if not (final / COMMIT).is_file():
                 raise ConfigError(f"{final} exists and is not a checkpoint of ours; move it away")
-            if not _damage(final):
+            if not damage(final):
                 raise ConfigError(f"{final} is complete already and is not overwritten; use another run_name")
         for leftover in self.root.iterdir():
             if _LEFTOVER.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
                 shutil.rmtree(leftover)
-        need = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         free = shutil.disk_usage(self.root).free
         if free < need:
             raise ConfigError(f"{self.root}: disk full: the checkpoint needs {need:,} bytes, {free:,} are free")
@@ -113,11 +194,11 @@ class CheckpointManager:
         """Point LATEST at the newest and drop the oldest. The checkpoint stands, so trouble here is only logged."""
         try:
             pointer = self.root / "LATEST.tmp"
-            _write_synced(pointer, newest.name + "\n")
+            write_synced(pointer, newest.name + "\n")
             pointer.replace(self.root / "LATEST")
             if self.keep_last is None:
                 return
-            complete = [folder for folder in _published(self.root) if not _damage(folder, hashes=False)]
+            complete = [folder for folder in _published(self.root) if not damage(folder, hashes=False)]
             for folder in complete[: -self.keep_last]:
                 if folder == newest:  # it may be older than others, after a resume from further back
                     continue
@@ -126,8 +207,8 @@ class CheckpointManager:
                 doomed = folder.with_name(folder.name + ".del")
                 folder.rename(doomed)
                 shutil.rmtree(doomed)
-        except OSError as error:
-            _logger.warning("%s: could not tidy: %s", self.root, error)
+        except Exception as error:  # on rank 0 alone: raised, it would part the ranks
+            _logger.warning("%s: could not tidy: %s", self.root, describe_error(error))
 
 
 def find_latest(root: Path) -> Path | None:
@@ -136,6 +217,15 @@ def find_latest(root: Path) -> Path | None:
     Collective where a process group is initialised: rank 0 reads and checks, all get its answer.
     """
     return on_rank_zero(f"looking for checkpoints in {root}", lambda: _newest(root))
+
+
+def checkpoint_to_resume(root: Path) -> Path | None:
+    """As `find_latest`; None only where there is no checkpoint at all.
+
+    Raises:
+        ConfigError: all of them are damaged: to begin anew is not what was asked for.
+    """
+    return on_rank_zero(f"looking for checkpoints in {root}", lambda: _newest_if_any(root))
 
 
 def resolve_checkpoint(path: Path) -> Path:
@@ -149,27 +239,15 @@ def resolve_checkpoint(path: Path) -> Path:
     return on_rank_zero("checkpoint", lambda: _resolve(path))
 
 
-def verify(checkpoint: Path) -> None:
-    """Compare every file with COMMIT.json.
-
-    Raises:
-        ConfigError: names every file that is damaged, missing or extra.
-    """
-    problems = _damage(checkpoint)
-    if not problems:
-        known = read_commit(checkpoint)["files"].keys() | {COMMIT}
-        problems = [f"extra {name}" for name in _files(checkpoint) if name not in known]
-    if problems:
-        raise ConfigError(f"{checkpoint} is damaged: {'; '.join(problems)}")
-
-
 def read_document(checkpoint: Path, name: str) -> str:
     """Text of one document of a checkpoint.
 
     Raises:
-        ConfigError: it is not there, or not text.
+        ConfigError: it is not there, not text, or a link that leads outside the checkpoint.
     """
     try:
+        if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
+            raise ConfigError(f"{checkpoint}: {name} is a link that leads outside the folder")
         return (checkpoint / name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{checkpoint}: cannot read {name}: {error}") from error
@@ -177,18 +255,28 @@ def read_document(checkpoint: Path, name: str) -> str:
 
 def _newest(root: Path) -> Path | None:
     for folder in reversed(_published(root)):
-        problems = _damage(folder)
+        problems = damage(folder)
         if not problems:
             return folder
         _logger.warning("skipping damaged checkpoint %s: %s", folder, "; ".join(problems))
     return None
 
 
+def _newest_if_any(root: Path) -> Path | None:
+    newest = _newest(root)
+    if newest is None and (damaged := _published(root)):
+        raise ConfigError(
+            f"{root} holds no undamaged checkpoint ({len(damaged)} damaged); bring one back from a copy, go on from "
+            "another with checkpoint.resume=DIR, or move them away to begin from the start"
+        )
+    return newest
+
+
 def _resolve(path: Path) -> Path:
     if not path.is_dir():
         raise ConfigError(f"{path} is not a folder")
     if (path / COMMIT).exists():
-        problems = _damage(path)
+        problems = damage(path)
         if problems:
             raise ConfigError(f"{path} is damaged: {'; '.join(problems)}")
         return path
@@ -204,61 +292,22 @@ def _published(root: Path) -> list[Path]:
     """Our folders with a COMMIT.json, oldest step first; whatever else lies there is not ours."""
     if not root.is_dir():
         return []
-    found = sorted((folder for folder in root.iterdir() if _STEP.fullmatch(folder.name)), key=_step)
+    found = sorted((folder for folder in root.iterdir() if STEP.fullmatch(folder.name)), key=_step)
     return [folder for folder in found if not folder.is_symlink() and (folder / COMMIT).is_file()]
 
 
 def _step(folder: Path) -> int:
     """Of a folder with our kind of name."""
-    return int(_STEP.fullmatch(folder.name)[1])
+    return int(STEP.fullmatch(folder.name)[1])
 
 
-def _damage(checkpoint: Path, hashes: bool = True) -> list[str]:
-    """What is wrong with the files that COMMIT.json lists; without `hashes` only sizes are compared."""
-    try:
-        commit = read_commit(checkpoint)
-    except ConfigError as error:
-        return [str(error)]
-    match = _STEP.fullmatch(checkpoint.name)
-    if match and int(match[1]) != commit["step"]:
-        return [f"{COMMIT} is of step {commit['step']}"]
-
-    def compare(name: str) -> str | None:
-        expected, path = commit["files"][name], checkpoint / name
-        if not path.is_file():
-            return f"missing {name}"
-        if path.stat().st_size != expected["size"]:
-            return f"damaged {name}: {path.stat().st_size} bytes, not {expected['size']}"
-        return f"damaged {name}: wrong SHA-256" if hashes and _sha256(path) != expected["sha256"] else None
-
-    try:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            return [problem for problem in pool.map(compare, sorted(commit["files"])) if problem]
-    except OSError as error:
-        return [describe_error(error)]
+def _bytes(tensors: Mapping[str, torch.Tensor]) -> int:
+    """Of the whole tensors, over all ranks."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def read_commit(checkpoint: Path) -> dict[str, Any]:
-    """COMMIT.json: `format`, `step`, `torch`, `files` (name -> `size`, `sha256`).
-
-    Raises:
-        ConfigError: it is missing or damaged, of another format, or names a file outside the checkpoint.
-    """
-    try:
-        commit = json.loads((checkpoint / COMMIT).read_bytes())
-        if commit["format"] != FORMAT:
-            raise ConfigError(f"{COMMIT} has format {commit['format']}; this version reads {FORMAT}")
-        names = [PurePosixPath(name) for name in commit["files"]]
-        if any(name.is_absolute() or ".." in name.parts for name in names):
-            raise ValueError("a file outside the folder")
-        for record in commit["files"].values():
-            int(record["size"]), str(record["sha256"])
-        int(commit["step"])
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"{COMMIT} cannot be read ({type(error).__name__}: {error})") from error
-    return commit
+def _device(blocks: Mapping[str, Block]) -> torch.device:
+    return next((block.values.device for block in blocks.values() if block.values.is_cuda), torch.device("cpu"))
 
 
 def _own_files(temporary: Path) -> list[Path]:
@@ -267,12 +316,10 @@ def _own_files(temporary: Path) -> list[Path]:
     return [*own, temporary / TENSORS / ".metadata"] if rank == 0 else own
 
 
-def _record_files(root: Path, files: list[Path]) -> dict[str, FileRecord]:
-    records = {}
-    for path in files:
-        _sync(path)
-        records[path.relative_to(root).as_posix()] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-    return records
+def _aside(folder: Path) -> Path:
+    """Where a damaged checkpoint goes: `.damaged`, and from the second time on `.damaged2` ..."""
+    names = (f"{folder.name}.damaged{number if number > 1 else ''}" for number in itertools.count(1))
+    return next(path for path in map(folder.with_name, names) if not os.path.lexists(path))
 
 
 def _commit(
@@ -280,37 +327,12 @@ def _commit(
 ) -> None:
     for name, text in documents.items():
         assert PurePosixPath(name).name == name and name not in (COMMIT, TENSORS), name
-        _write_synced(temporary / name, text)
-    records = records | _record_files(temporary, [temporary / name for name in documents])
-    commit = {"format": FORMAT, "step": step, "torch": torch.__version__, "files": dict(sorted(records.items()))}
-    _write_synced(temporary / COMMIT, json.dumps(commit, indent=1) + "\n")
-    _sync(temporary / TENSORS)
-    _sync(temporary)
+        write_synced(temporary / name, text)
+    records = records | record_files(temporary, [temporary / name for name in documents])
+    write_commit(temporary, step, records)
+    sync(temporary / TENSORS)
+    sync(temporary)
     if final.exists():  # _prepare found it damaged
-        final.rename(final.with_name(final.name + ".damaged"))
+        final.rename(_aside(final))
     temporary.rename(final)
-    _sync(final.parent)
-
-
-def _files(folder: Path) -> list[str]:
-    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir())
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)

@@ -10,17 +10,27 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from zlib import crc32
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_trainer.checkpoint.agreement import agreed, is_distributed
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.parallel.shards import Box, local_box, local_part
 
 _METADATA = ".metadata"
 _METADATA_GLOBALS = {
@@ -54,16 +64,48 @@ def save_tensors(folder: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         RuntimeError: anything else that failed on some rank.
     """
     with agreed(f"saving {folder}"):
+        blocks = blocks_to_write(tensors)
+    save_blocks(folder, blocks)
+
+
+class Block(NamedTuple):
+    """A block of a tensor, as this rank has it."""
+
+    values: torch.Tensor
+    """Of the block's shape."""
+    box: Box
+    """Where it lies in the whole."""
+    shape: torch.Size
+    """Of the whole."""
+
+
+def blocks_to_write(tensors: Mapping[str, torch.Tensor]) -> dict[str, Block]:
+    """What this rank writes of the tensors: of a block that several ranks hold, one of them, spread by name.
+
+    Raises:
+        ConfigError: a layout that a checkpoint cannot hold.
+    """
+    blocks = {}
+    for name, tensor in tensors.items():
+        refuse_interleaved(name, tensor)
+        block = Block(local_part(tensor), local_box(tensor), tensor.shape)
+        if _is_writer(name, tensor) and (block.values.numel() or not tensor.numel()):
+            blocks[name] = block
+    return blocks
+
+
+def save_blocks(folder: Path, blocks: Mapping[str, Block], group: dist.ProcessGroup | None = None) -> None:
+    """As `save_tensors`, for blocks of this rank that all together cover their tensors. Collective over `group`."""
+    with agreed(f"saving {folder}", group):
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(f"{folder} is not empty")
-        for name, tensor in tensors.items():
-            refuse_interleaved(name, tensor)
-    with agreed(f"saving {folder}"), _quiet():
+    with agreed(f"saving {folder}", group), _quiet():
         dcp.save(
-            {name: tensor.detach() for name, tensor in tensors.items()},
+            dict(blocks),
             # The caller syncs: DCP syncs a file before Python has written out its buffer.
             storage_writer=dcp.FileSystemWriter(folder, sync_files=False, overwrite=False),
-            planner=DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            planner=_BlockPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
+            process_group=group,
             no_dist=not is_distributed(),
         )
 
@@ -194,6 +236,41 @@ def _compare(metadata: Metadata, tensors: Mapping[str, torch.Tensor], strict: bo
         refuse_interleaved(name, tensor)
     if problems:
         raise ConfigError("tensors do not match: " + "; ".join(sorted(problems)))
+
+
+def _is_writer(name: str, tensor: torch.Tensor) -> bool:
+    """Whether this rank, of those that hold the same block, is the one that writes it."""
+    if not is_distributed():
+        return True
+    number, copies = dist.get_rank(), dist.get_world_size()  # a plain tensor is on every rank
+    if isinstance(tensor, DTensor):
+        coordinate = tensor.device_mesh.get_coordinate()
+        assert coordinate is not None, "this rank is not on the tensor's mesh"
+        number, copies = 0, 1
+        for axis, placement in enumerate(tensor.placements):
+            if isinstance(placement, Replicate):
+                size = tensor.device_mesh.size(axis)
+                number, copies = number * size + coordinate[axis], copies * size
+    return number == crc32(name.encode()) % copies
+
+
+class _BlockPlanner(DefaultSavePlanner):
+    """Plans from blocks, so that nothing of a DTensor or its mesh is touched by the thread that saves."""
+
+    def create_local_plan(self) -> SavePlan:
+        self.plan = SavePlan([_write_item(name, block) for name, block in self.state_dict.items()])
+        return self.plan
+
+    def lookup_object(self, index: MetadataIndex) -> torch.Tensor:
+        return self.state_dict[index.fqn].values.contiguous()  # so `blocks` finds rows in one piece
+
+
+def _write_item(name: str, block: Block) -> WriteItem:
+    offsets = torch.Size(part.start for part in block.box)
+    chunk = ChunkStorageMetadata(offsets, block.values.shape)
+    properties = TensorProperties.create_from_tensor(block.values)
+    data = TensorWriteData(chunk, properties, block.shape)
+    return WriteItem(MetadataIndex(name, offsets), WriteItemType.SHARD, tensor_data=data)
 
 
 class _MetadataUnpickler(pickle.Unpickler):

@@ -3,10 +3,12 @@
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from types import FrameType
 
-from moe_trainer.cli.launch import end_with_parent, report_to_launcher, was_launched
+from moe_trainer.cli.launch import end_with_parent, launch_folder, report_to_launcher, was_launched
+from moe_trainer.cli.whereabouts import leave_on_sigterm, note_whereabouts
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import DeviceName
 
@@ -16,9 +18,12 @@ def run_command(name: str, body: Callable[[], int]) -> int:
 
     Of several ranks one speaks: under `launch` the launcher does, under another torchrun rank 0.
     """
+    before = signal.getsignal(signal.SIGTERM)
     if was_launched():
         end_with_parent()
-    before = signal.signal(signal.SIGTERM, _leave)
+        leave_on_sigterm(launch_folder())
+    else:
+        signal.signal(signal.SIGTERM, _leave)
     try:
         return body()
     except ConfigError as error:
@@ -30,6 +35,14 @@ def run_command(name: str, body: Callable[[], int]) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception as error:
+        if not was_launched():
+            raise
+        folder = launch_folder()
+        if folder is not None:
+            note_whereabouts(folder, traceback.extract_tb(error.__traceback__))
+        report_to_launcher(traceback.format_exc())
+        return 1
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -16,14 +16,14 @@ import torch.distributed as dist
 
 from moe_trainer.checkpoint.agreement import on_rank_zero
 from moe_trainer.checkpoint.export import export_checkpoint
-from moe_trainer.checkpoint.manager import read_commit
+from moe_trainer.checkpoint.manifest import read_commit
 from moe_trainer.cli.command import count_gpus, is_first_rank, run_command, world_size_from_env
 from moe_trainer.cli.launch import launch
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import Config, DeviceName, ExportConfig
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import parse_size, resolve_device, validate, validate_generate
-from moe_trainer.data.packing import tokenize
+from moe_trainer.data.tokenizer import encode_texts
 from moe_trainer.generate.main import continue_prompt
 from moe_trainer.observe.log import setup_logging
 from moe_trainer.parallel.process_group import process_group
@@ -164,7 +164,7 @@ def _train(cfg: Config, device: torch.device, save_title: str) -> _Trained:
     trainer = _AnnouncingTrainer(cfg, device, save_title)
     trainer.start()
     metrics = trainer.fit()
-    ids = tokenize([cfg.data.text], trainer.tokenizer, cfg.model.vocab_size, cfg.data.tokenizer)[0].tolist()
+    ids = encode_texts([cfg.data.text], trainer.tokenizer)[0].tolist()
     seconds = trainer.trained - trainer.started, trainer.saved - trainer.trained
     return _Trained(metrics.losses.loss.item(), trainer.checkpoint, *seconds, ids)
 

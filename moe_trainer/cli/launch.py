@@ -2,24 +2,60 @@
 
 Three generations: the command (`launch`), an agent in a session of its own (`python -m moe_trainer.cli.launch`:
 torchrun without its banners and tables) and the ranks. Each watches its parent and goes when the parent is gone, so
-nothing outlives the command, whatever killed it.
+nothing outlives the command, whatever killed it. A rank that fails hands its traceback to the agent instead of
+printing it: the agent shows that of the rank which failed first, and not what it did to the others.
 """
 
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import FrameType
+from types import FrameType, MappingProxyType
+from typing import TYPE_CHECKING, NamedTuple
+
+from moe_trainer.cli.whereabouts import describe_ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 _MARK = "MOE_TRAINER_LAUNCHED"
-_STOP_FILE = "MOE_TRAINER_STOP_FILE"
+_FOLDER = "MOE_TRAINER_LAUNCH_FOLDER"
+_STOP, _LOST = "stop", "lost.json"
 _SECONDS_TO_END = 3.0
+_TIMED_OUT = re.compile(r"timed? ?out", re.IGNORECASE)
+_OF_THE_GROUP = re.compile(
+    r"connection (reset|closed|refused)|closed by peer|broken pipe|ncclRemoteError|ncclSystemError|timed? ?out|"
+    r"DistBackendError|DistNetworkError|process group .*(abort|destroy)",
+    re.IGNORECASE,
+)
+"""What a rank says when another one is gone or late."""
+
+
+class Outcome(NamedTuple):
+    """How a launch ended."""
+
+    code: int
+    lost: list[int]
+    """Ranks that were killed, rather than failed."""
+    stopped: bool
+    """Whether it was told to end, by a signal."""
+
+
+class Start(NamedTuple):
+    """One start of the ranks."""
+
+    argv: list[str]
+    nproc: int
+    env: Mapping[str, str] = MappingProxyType({})
+    """On top of this process's."""
 
 
 def launch(module: str, argv: list[str], nproc: int, lets_finish: bool = False) -> int:
@@ -33,17 +69,47 @@ def launch(module: str, argv: list[str], nproc: int, lets_finish: bool = False) 
         2 if a rank left with 2 (the user's mistake), 0 if all did with 0, otherwise 1; 130 after Ctrl-C and 143 after
         SIGTERM where that ended the ranks, which takes 10 s at most.
     """
-    with TemporaryDirectory(prefix="moe_trainer_") as folder:
-        return _launch(module, argv, nproc, Path(folder) / "stop", lets_finish)
+    return _launch(module, Start(argv, nproc), lets_finish).code
 
 
-def _launch(module: str, argv: list[str], nproc: int, stop: Path, lets_finish: bool) -> int:
-    arguments = ["--standalone", f"--nproc-per-node={nproc}", "-m", module, *argv]
-    env = dict(os.environ, **{_MARK: "1", _STOP_FILE: str(stop)})
-    env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
-    agent = subprocess.Popen(
-        [sys.executable, "-m", __name__, *arguments], env=env, stdin=subprocess.DEVNULL, start_new_session=True
-    )
+def launch_again(
+    module: str, first: Start, max_restarts: int, next_start: Callable[[Start, list[int]], Start]
+) -> int:
+    """As `launch` with `lets_finish`, and once more, at most `max_restarts` times, after a rank failed or was killed.
+
+    Args:
+        next_start: from the last start and the ranks that were killed in it.
+    """
+    start = first
+    for left in range(max_restarts, -1, -1):
+        outcome = _launch(module, start, lets_finish=True)
+        if outcome.code != 1 or outcome.stopped or not left:
+            break
+        start = next_start(start, outcome.lost)
+        print(f"starting again on {start.nproc} ranks; {left - 1} restarts left", file=sys.stderr)
+    return outcome.code
+
+
+def _launch(module: str, start: Start, lets_finish: bool) -> Outcome:
+    with TemporaryDirectory(prefix="moe_trainer_") as name:
+        folder = Path(name)
+        arguments = ["--standalone", f"--nproc-per-node={start.nproc}", "-m", module, *start.argv]
+        env = dict(os.environ, **start.env, **{_MARK: "1", _FOLDER: name})
+        env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // start.nproc)))
+        env.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the flight recorder: some hundred bytes a collective
+        agent = subprocess.Popen(
+            [sys.executable, "-m", __name__, *arguments], env=env, stdin=subprocess.DEVNULL, start_new_session=True
+        )
+        code, received = _wait(agent, folder / _STOP, lets_finish)
+        lost = json.loads((folder / _LOST).read_text()) if (folder / _LOST).exists() else []
+        told = bool(received) or (folder / _STOP).exists()
+    if received:
+        return Outcome(128 + received[0], lost, told)
+    return Outcome(code if code >= 0 else 1, lost, told)
+
+
+def _wait(agent: subprocess.Popen[bytes], stop: Path, lets_finish: bool) -> tuple[int, list[int]]:
+    """The agent's exit code, and the signals that were passed on to it."""
     kill_late = threading.Timer(_SECONDS_TO_END, agent.kill)
     kill_late.daemon = True
     received: list[int] = []
@@ -62,20 +128,23 @@ def _launch(module: str, argv: list[str], nproc: int, stop: Path, lets_finish: b
 
     before = {signum: signal.signal(signum, end_ranks) for signum in (signal.SIGINT, signal.SIGTERM)}
     try:
-        code = agent.wait()
+        return agent.wait(), received
     finally:
         kill_late.cancel()
         for signum, handler in before.items():
             signal.signal(signum, handler)
-    if received:
-        return 128 + received[0]
-    return code if code >= 0 else 1
+
+
+def launch_folder() -> Path | None:
+    """In a rank that `launch` started: the folder that the two share."""
+    path = os.environ.get(_FOLDER)
+    return Path(path) if path else None
 
 
 def stop_file() -> Path | None:
     """In a rank that `launch` started: the file that it makes when the ranks are to save and stop."""
-    path = os.environ.get(_STOP_FILE)
-    return Path(path) if path else None
+    folder = launch_folder()
+    return None if folder is None else folder / _STOP
 
 
 def was_launched() -> bool:
@@ -84,7 +153,7 @@ def was_launched() -> bool:
 
 
 def report_to_launcher(message: str) -> None:
-    """Hands the launcher the one line that it prints for all ranks."""
+    """Hands the launcher what it prints for all ranks: one line, or a traceback."""
     error = {"message": message, "timestamp": int(time.time())}
     Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(error), encoding="utf-8")
 
@@ -108,21 +177,53 @@ def _run_agent(argv: list[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import parse_args, run
 
+    arguments = parse_args(argv)
     try:
-        run(parse_args(argv))
+        run(arguments)
     except SignalException as stop:
         return 128 + stop.sigval
     except ChildFailedError as error:
-        rank, first = error.get_first_failure()
-        mistakes = [failure for failure in error.failures.values() if failure.exitcode == 2]
-        if mistakes:
-            if mistakes[0].error_file_data.get("message"):
-                print(mistakes[0].error_file_data["message"], file=sys.stderr)
-            return 2
-        how = f"was killed by {first.signal_name()}" if first.exitcode < 0 else f"left with code {first.exitcode}"
-        print(f"rank {rank} {how}; the other ranks were ended", file=sys.stderr)
-        return 1
+        return _tell(error.failures, int(arguments.nproc_per_node))
     return 0
+
+
+def _tell(failures: "dict[int, ProcessFailure]", world_size: int) -> int:
+    """Say which rank failed first, and why; the exit code."""
+    mistakes = [_message(failure) for failure in failures.values() if failure.exitcode == 2]
+    if mistakes:
+        if mistakes[0]:
+            print(mistakes[0], file=sys.stderr)
+        return 2
+    rank = min(failures, key=lambda rank: (_consequence(failures[rank]), failures[rank].timestamp, rank))
+    first = failures[rank]
+    message = _message(first)
+    if message:
+        print(message.rstrip(), file=sys.stderr)
+    killed = first.exitcode < 0
+    how = f"was killed by {first.signal_name()}" if killed else f"left with code {first.exitcode}"
+    folder = launch_folder()
+    if folder is not None:
+        lost = [rank for rank, failure in failures.items() if failure.exitcode < 0 and not _consequence(failure)]
+        (folder / _LOST).write_text(json.dumps(lost))
+        if _TIMED_OUT.search(message) or first.exitcode == -signal.SIGABRT:
+            print("\n".join(["where the ranks were:", *describe_ranks(folder, world_size)]), file=sys.stderr)
+    print(f"rank {rank} {how}; the other ranks were ended", file=sys.stderr)
+    return 1
+
+
+def _message(failure: "ProcessFailure") -> str:
+    """What the rank handed over before it left, if it could."""
+    return str(failure.error_file_data.get("message") or "") if os.path.isfile(failure.error_file) else ""
+
+
+def _consequence(failure: "ProcessFailure") -> int:
+    """0 for a rank that was killed or failed by itself, 1 for one that lost another rank, 2 for one told to end."""
+    if failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
+        return 2
+    if failure.exitcode == -signal.SIGABRT:  # NCCL's own time-out
+        return 1
+    last_line = _message(failure).strip().rpartition("\n")[2]
+    return int(failure.exitcode > 0 and bool(_OF_THE_GROUP.search(last_line)))
 
 
 if __name__ == "__main__":

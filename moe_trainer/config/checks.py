@@ -6,9 +6,9 @@ from moe_trainer.config.errors import ConfigError
 
 
 def at_least(key: str, value: int | float, least: int) -> None:
-    """Refuse a value below `least`, infinity and NaN."""
-    if not (value >= least and math.isfinite(value)):
-        raise ConfigError(f"{key}={value} must be at least {least}")
+    """Refuse a value below `least`, infinity, NaN, and what 64 bits cannot count."""
+    if not least <= value < 2**63:
+        raise ConfigError(f"{key}={str(value)[:40]} must be at least {least}{' and below 2^63' * (value > least)}")
 
 
 def positive(key: str, value: float) -> None:

@@ -40,7 +40,7 @@ class Key:
 def keys_of(schema: type, prefix: str = "") -> Iterator[Key]:
     """Every leaf of the dataclass `schema`, depth first, in the order of declaration."""
     hints = typing.get_type_hints(schema)
-    docs = _field_docs(schema)
+    docs = {name: doc for part in reversed(schema.__mro__[:-1]) for name, doc in _field_docs(part).items()}
     for field in dataclasses.fields(schema):
         hint = hints[field.name]
         name = prefix + field.name

@@ -50,6 +50,28 @@ class AuxScope(Enum):
     sequence = "sequence"
 
 
+class LoraExport(Enum):
+    """How adapters are exported."""
+
+    merged = "merged"
+    adapter = "adapter"
+
+
+class OnSpike(Enum):
+    """What becomes of a step whose gradient norm spikes."""
+
+    clip = "clip"
+    skip = "skip"
+
+
+class Recompute(Enum):
+    """Which activations a layer computes again in the backward pass instead of keeping them."""
+
+    none = "none"
+    selective = "selective"
+    full = "full"
+
+
 class Dispatch(Enum):
     """How tokens reach experts on other ranks under sequence and expert parallelism."""
 
@@ -73,6 +95,36 @@ class Quantization(Enum):
     none = "none"
     int8 = "int8"
     fp8 = "fp8"
+
+
+class Packing(Enum):
+    """How documents share the samples of a length."""
+
+    documents = "documents"
+    concatenate = "concatenate"
+
+
+class OnFailure(Enum):
+    """What a run does when a checkpoint cannot be written."""
+
+    report = "report"
+    stop = "stop"
+
+
+class Change(Enum):
+    """What a run may not change on resume unless it is told to."""
+
+    model = "model"
+    tokenizer = "tokenizer"
+    data = "data"
+    seed = "seed"
+
+
+class MeshChoice(Enum):
+    """Who says the sizes of the mesh."""
+
+    declared = "declared"
+    auto = "auto"
 
 
 class WandbMode(Enum):
@@ -147,6 +199,9 @@ class ModelConfig:
     """The head's weight is the embedding's."""
     norm_topk_prob: bool = True
     """Rescale the chosen experts' weights to sum to one."""
+    capacity_factor: float | None = None
+    """In training an expert takes at most so many times its even share of a micro-batch's choices, early positions
+    first, and the others add nothing; unset: all it is given (dropless)."""
     dense_layers: list[int] = field(default_factory=list)
     """Layers with a dense MLP in place of experts."""
     dense_intermediate_size: int | None = None
@@ -189,6 +244,9 @@ class ModelConfig:
 class ParallelConfig:
     """Mesh sizes and the two flags that choose the plan."""
 
+    mesh: MeshChoice = MeshChoice.declared
+    """`declared`: the sizes below; `auto`: the largest legal mesh of the ranks there are, with the same global batch,
+    where the sizes below are a wish."""
     dp_replicate: int = 1
     """Groups of ranks that each hold the whole sharded model (HSDP)."""
     fsdp: int = -1
@@ -203,8 +261,23 @@ class ParallelConfig:
     """EP: whole experts on each rank of `ep`."""
     plan: dict[str, str] | None = None
     """Own plan, pattern -> style, in place of the model's."""
+    reshard_after_forward: bool = False
+    """Free the dense weights that FSDP gathered after a layer's forward pass and gather them again for its backward
+    pass: less memory, more communication. Experts under FSDP are always freed."""
     dispatch: Dispatch = Dispatch.auto
     """`all_to_all`, `all_gather` or, where that moves fewer rows (`ep` <= `model.top_k`), the latter by `auto`."""
+
+
+@dataclass(slots=True)
+class GroupConfig:
+    """Parameters with a rate or decay of their own."""
+
+    pattern: str = ""
+    """Name of a parameter or of a module that holds some, `*` for any one part of it."""
+    lr_scale: float = 1.0
+    """Multiplies the learning rate."""
+    weight_decay: float | None = None
+    """In place of `optim.weight_decay`, also for norms, biases and the router; unset: as without the group."""
 
 
 @dataclass(slots=True)
@@ -223,8 +296,22 @@ class OptimConfig:
     """Decoupled weight decay of the matrices."""
     decay_all: bool = False
     """Also decay norms, biases and the router."""
+    groups: list[GroupConfig] = field(default_factory=list)
+    """Exceptions by name, such as `{pattern: model.layers.*.mlp.gate, lr_scale: 0.1}`; the last match counts."""
+    freeze: list[str] = field(default_factory=list)
+    """Patterns of what is not trained, such as `model.layers.*.mlp.gate` or `model.layers.*.mlp.experts`."""
+    offload: bool = False
+    """Keep AdamW's moments in host memory and bring them to the GPU in turn: less memory, a slower step."""
+    moments_dtype: DType = DType.auto
+    """Type of the moments: `auto` is that of the master weights; bfloat16, rounded at random, takes half of it."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm."""
+    max_grad_zscore: float | None = None
+    """A gradient norm more than so many standard deviations above its running mean is a spike; unset: none is."""
+    on_spike: OnSpike = OnSpike.clip
+    """`clip` the gradients of a spike to that bound, or `skip` its step."""
+    max_skipped_steps: int | None = 25
+    """Stop after so many steps in a row that moved nothing, as their gradients were not finite; unset: go on."""
     expert_bias_rate: float = 0.001
     """Step of the loss-free expert bias of deepseek_v3 after each optimizer step; 0 leaves it as it is."""
     aux_coef: float = 0.0
@@ -246,21 +333,80 @@ class OptimConfig:
 
 
 @dataclass(slots=True)
+class PrepareConfig:
+    """How texts become token shards: `moe-data prepare`, and `data.prepare` of a run."""
+
+    inputs: list[str] = field(default_factory=list)
+    """Files or globs (`**` for folders in folders): JSONL or Parquet with `text` or `messages`, else plain text, one
+    document a file. `{stdlib}` is the folder of Python's standard library."""
+    exclude: list[str] = field(default_factory=list)
+    """Globs of files to leave out, matched against whole paths; `*` matches `/` too."""
+    tokenizer: str = "byte"
+    """`byte` (one token a byte) or the path of a tokenizer.json."""
+    train_tokenizer: int | None = None
+    """Train a byte-level BPE tokenizer with so many tokens on the training documents, in place of `tokenizer`."""
+    chat_template: str | None = None
+    """Jinja file for `messages`; unset: chat_template.jinja or tokenizer_config.json beside the tokenizer."""
+    validation_share: float = 0.0
+    """Share of the documents that are held out, chosen by a hash of their content and `seed`."""
+    seed: int = 0
+    """Of the choice of held-out documents."""
+    shard_tokens: int = 50_000_000
+    """Tokens after which a shard is full."""
+    skip_bad: bool = False
+    """Leave out, and count, documents that are empty, not UTF-8, not JSON or refused by their chat template."""
+
+
+@dataclass(slots=True)
 class DataConfig:
     """What to train on, and the sizes of a step."""
 
     text: str | None = None
     """Text to train on, given here."""
     path: str | None = None
-    """File to train on: plain text, or JSONL with `text` in each line."""
-    tokenizer: str = "byte"
-    """`byte` (one token a byte) or the path of a tokenizer.json."""
+    """What to train on: a folder of `moe-data prepare`, a plain text file, or JSONL with `text` in each line."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Prepared folders and their shares of the samples, `{FOLDER: SHARE, ...}`, in place of `path`."""
+    validation_path: str | None = None
+    """What to evaluate on, as `path`; unset: the held-out documents of the prepared folders."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """How `path` is made, where `inputs` are given; a folder that is there must be made of the same."""
+    tokenizer: str | None = None
+    """`byte` (one token a byte) or the path of a tokenizer.json; unset: a prepared folder's own, else `byte`."""
     seq_len: int | None = None
-    """Tokens of a sample; unset: the longest document, at most `model.max_position_embeddings`."""
+    """Tokens of a sample; unset: the longest document, at most `model.max_position_embeddings`, and each document is
+    then a sample, padded. Prepared folders need it."""
+    packing: Packing = Packing.documents
+    """`documents`: those that share a sample do not see each other, and positions start anew with each;
+    `concatenate`: one long text."""
     micro_batch_size: int = 1
     """Sequences of one forward on one data rank."""
     global_batch_size: int = 8
     """Sequences of one optimizer step, over all ranks."""
+
+
+@dataclass(slots=True)
+class LoraConfig:
+    """Low-rank adapters, trained in place of the weights."""
+
+    rank: int | None = None
+    """Width of the adapters; unset: there are none, and the weights are trained."""
+    alpha: float = 16.0
+    """The adapters' product is multiplied by alpha / rank."""
+    targets: list[str] = field(
+        default_factory=lambda: ["model.layers.*.self_attn.*_proj", "model.layers.*.mlp.experts"]
+    )
+    """Patterns of the linear layers and experts that are adapted."""
+
+
+@dataclass(slots=True)
+class EvalConfig:
+    """Evaluation on held-out data during training."""
+
+    every: int | None = None
+    """Evaluate after each so many steps; where there is held-out data, the last step is always evaluated."""
+    batches: int | None = None
+    """Global batches of held-out data, always the same ones; unset: each of its samples once."""
 
 
 @dataclass(slots=True)
@@ -275,6 +421,13 @@ class CheckpointConfig:
     """Checkpoints of steps that this divides are kept beside the last ones."""
     resume: str = "none"
     """`none`, `auto` (newest complete checkpoint of this run, if any) or the path of a checkpoint or run."""
+    allow_changes: list[Change] = field(default_factory=list)
+    """What may differ from the checkpoint that a run goes on from: model, tokenizer, data, seed."""
+    asynchronous: bool = True
+    """Go on training as soon as the tensors are copied to host memory, which holds them a second time; the last
+    checkpoint of a run is always waited for."""
+    on_failure: OnFailure = OnFailure.report
+    """A checkpoint that cannot be written is reported, or stops the run; the last one of a run always fails it."""
 
 
 @dataclass(slots=True)
@@ -282,11 +435,48 @@ class LoggingConfig:
     """Where metrics go."""
 
     every: int = 1
-    """Console line after each so many steps; metrics.jsonl always has every step."""
+    """Console line after each so many steps, where there is no terminal; metrics.jsonl always has every step."""
+    load_every: int | None = None
+    """Steps between two rows of expert load (layers x experts) and router entropy; unset: a hundredth of `steps`, at
+    least 10."""
     wandb: WandbMode = WandbMode.disabled
     """Weights & Biases: disabled, offline or online (which needs a login)."""
     wandb_project: str = "moe_trainer"
     """Project that wandb files the run under."""
+    tensorboard: bool = False
+    """Also write TensorBoard's files, in the run's `tensorboard/` (pip install 'moe-trainer[tensorboard]')."""
+
+
+@dataclass(slots=True)
+class ProfileConfig:
+    """What `profile=true` records, into `profile/` in the run's folder."""
+
+    steps: list[int] | None = None
+    """Steps to record, by their number; neighbours share a trace. Unset: the fourth to sixth of this command."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Ranks that record."""
+    memory: bool = True
+    """On a GPU, also a snapshot of its memory with the history of these steps (for pytorch.org/memory_viz)."""
+
+
+@dataclass(slots=True)
+class LaunchConfig:
+    """The ranks of this machine: how long they wait for each other, and what happens when one is lost."""
+
+    max_restarts: int = 0
+    """How often to start the ranks again from the newest checkpoint after one was lost."""
+    shrink: bool = False
+    """Go on with fewer ranks, after a rank was killed; needs `parallel.mesh=auto`. The next start has all again."""
+    timeout_seconds: float = 600.0
+    """How long a collective may wait for the other ranks before the run ends with where each of them is."""
+
+
+@dataclass(slots=True)
+class ChecksConfig:
+    """Looking for silent corruption."""
+
+    replicas_every: int | None = None
+    """Compare, after each so many steps, what several ranks hold of the same weights and moments, bit for bit."""
 
 
 @dataclass(slots=True)
@@ -309,8 +499,13 @@ class Config:
     """Where to compute."""
     dtype: DType = DType.auto
     """Type of the computation; master weights are float32 (float64 for float64)."""
+    deterministic: bool = False
+    """Only algorithms that give the same bits every time, also on a GPU; slower there."""
     reduce_dtype: DType = DType.auto
     """Type in which gradients are summed over data ranks; auto is float32 (float64 for float64)."""
+    recompute: Recompute = Recompute.none
+    """Activation checkpointing: `full` keeps a layer's input and its router's choice alone; `selective` also what is
+    dear to compute again, the outputs of attention and of the experts' first product."""
     print_plan: bool = False
     """Print each parameter's style, placement and local shape, and stop."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -321,10 +516,43 @@ class Config:
     """Optimizer, schedule, loss coefficients."""
     data: DataConfig = field(default_factory=DataConfig)
     """What to train on."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """Adapters."""
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    """Evaluation on held-out data."""
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     """Saving and resuming."""
+    launch: LaunchConfig = field(default_factory=LaunchConfig)
+    """Starting ranks, and losing them."""
+    checks: ChecksConfig = field(default_factory=ChecksConfig)
+    """Looking for silent corruption."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Console, files, wandb."""
+    profile: bool = False
+    """Write a torch profiler trace of some steps; see `profiler`."""
+    profiler: ProfileConfig = field(default_factory=ProfileConfig)
+    """Which steps and ranks."""
+
+
+@dataclass(slots=True)
+class EvaluateConfig:
+    """One evaluation (`moe-eval`)."""
+
+    checkpoint: str | None = None
+    """A checkpoint of ours, a run folder (its newest checkpoint) or a Hugging Face folder. Required."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """What to evaluate on: `path` (what a prepared folder holds out, or else all of it). Its tokenizer is the
+    checkpoint's."""
+    batches: int | None = None
+    """Global batches to evaluate, always the same ones; unset: each sample once."""
+    nproc: int | None = None
+    """Processes to start on this machine; default the product of the mesh sizes."""
+    device: DeviceName = DeviceName.auto
+    """Where to compute."""
+    dtype: DType = DType.auto
+    """Type of the computation; weights are kept in float32 (float64 for float64)."""
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    """Mesh sizes and flags."""
 
 
 @dataclass(slots=True)
@@ -386,6 +614,34 @@ class ExportConfig:
     """Files written at the same time, each a tensor at a time; unset: as many as processors, at most 4."""
     dtype: DType = DType.float32
     """Type of the written weights; float32 keeps the master weights bit for bit."""
+    lora: LoraExport = LoraExport.merged
+    """Of a run with adapters: the weights with them, or the `adapter` alone, for PEFT."""
+
+
+@dataclass(slots=True)
+class UpcycleConfig:
+    """`moe-checkpoint upcycle`: a mixture of experts from a dense Hugging Face model."""
+
+    model: str | None = None
+    """Hugging Face folder of a dense model: llama or mistral (they become mixtral) or qwen3 (qwen3_moe). Required."""
+    out: str | None = None
+    """Folder to write, which must not exist yet. Required."""
+    num_experts: int = 8
+    """Experts of each layer, each a copy of the layer's MLP."""
+    top_k: int = 2
+    """Experts that each token goes to."""
+    noise: float = 0.0
+    """Deviation of the noise added to each expert's weights, as a share of the weights' own; 0: equal copies."""
+    drop: float = 0.0
+    """Share of the intermediate dims that each expert draws anew."""
+    seed: int = 0
+    """Of routers, noise and dropped dims."""
+    max_shard_size: str = "5GB"
+    """Largest safetensors file (decimal units: KB, MB, GB); one file if all fits."""
+    workers: int | None = None
+    """Files written at the same time, each a tensor at a time; unset: as many as processors, at most 4."""
+    dtype: DType = DType.auto
+    """Type of the written weights; auto keeps the dense model's."""
 
 
 @dataclass(slots=True)
@@ -394,3 +650,19 @@ class InspectConfig:
 
     checkpoint: str | None = None
     """A checkpoint of ours, or a run folder (its newest checkpoint). Required."""
+
+
+@dataclass(slots=True)
+class PrepareCommandConfig(PrepareConfig):
+    """`moe-data prepare`."""
+
+    out: str | None = None
+    """Folder to write. Required."""
+
+
+@dataclass(slots=True)
+class VerifyDataConfig:
+    """`moe-data verify`."""
+
+    path: str | None = None
+    """A prepared folder. Required."""

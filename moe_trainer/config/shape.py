@@ -43,6 +43,8 @@ def check_model(model: ModelConfig) -> None:
         at_least(f"model.{name}", getattr(model, name), 1)
     for name in ("rms_norm_eps", "initializer_range"):
         positive(f"model.{name}", getattr(model, name))
+    if model.capacity_factor is not None:
+        positive("model.capacity_factor", model.capacity_factor)
     _check_family_keys(model)
     _check_rope(model.rope)
     if model.family is Family.deepseek_v3:

@@ -23,13 +23,26 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.keys import Key, keys_of
-from moe_trainer.config.schema import Config, ExportConfig, GenerateConfig, InspectConfig
+from moe_trainer.config.schema import (
+    Config,
+    EvaluateConfig,
+    ExportConfig,
+    GenerateConfig,
+    InspectConfig,
+    PrepareCommandConfig,
+    UpcycleConfig,
+    VerifyDataConfig,
+)
 
 SCHEMAS: dict[str, type] = {
     "train": Config,
     "generate": GenerateConfig,
+    "eval": EvaluateConfig,
     "export": ExportConfig,
     "inspect": InspectConfig,
+    "upcycle": UpcycleConfig,
+    "prepare": PrepareCommandConfig,
+    "verify_data": VerifyDataConfig,
 }
 _PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -72,6 +85,7 @@ def compose(command: str, overrides: list[str]) -> Any:
     """
     keys = {key.name: key for key in keys_of(SCHEMAS[command])}
     texts, others = _split_texts(overrides, keys)
+    refuse_resolvers("the command line", dict(enumerate(others)))
     parsed = _parse(others)
     groups = config_groups() if command == "train" else {}
     for override in parsed:
@@ -80,7 +94,7 @@ def compose(command: str, overrides: list[str]) -> Any:
     try:
         _register(with_recipes=command == "train")
         with hydra.initialize_config_dir(str(config_dir()), version_base="1.3"):
-            cfg = hydra.compose(command, others)
+            cfg = hydra.compose(command, [_forced(override, keys) for override in others])
         _insert_texts(cfg, texts)
         if recipe:
             _check_given(_blanks(recipe), cfg, keys)
@@ -144,6 +158,12 @@ def _parse(overrides: list[str]) -> list[Override]:
     return parsed
 
 
+def _forced(override: str, keys: dict[str, Key]) -> str:
+    """An override that Hydra takes: it adds entries to a mapping only where it is made to."""
+    name = override.partition("=")[0]
+    return f"++{override}" if name in keys and keys[name].is_mapping else override
+
+
 def _check_override(override: Override, keys: dict[str, Key], groups: dict[str, list[str]]) -> None:
     name, line = override.key_or_group, override.input_line
     if override.is_delete():
@@ -160,8 +180,11 @@ def _check_override(override: Override, keys: dict[str, Key], groups: dict[str, 
     elif name in groups:
         if override.value() not in groups[name]:
             raise ConfigError(f"{line}: {name} is one of {', '.join(groups[name])}, or give {name}.KEY=VALUE")
-    elif any(key.is_mapping and f"{name}.".startswith(f"{key.name}.") for key in keys.values()):
-        raise ConfigError(f"{line}: give it in a recipe, not on the command line")
+    elif whole := next((k for k in keys.values() if k.is_mapping and f"{name}.".startswith(f"{k.name}.")), None):
+        if whole.optional:
+            raise ConfigError(f"{line}: give it in a recipe, not on the command line")
+        if name != whole.name or not isinstance(override.value(), dict) or "_target_" in override.value():
+            raise ConfigError(f"{line}: give it whole, in a recipe or as '{whole.name}={{KEY: VALUE, ...}}'")
     elif name not in keys:
         raise ConfigError(f"{name} is not a key{_nearest(name, keys)}")
     elif override.is_add():
@@ -183,10 +206,34 @@ def _load(path: Path) -> DictConfig:
         raise ConfigError(f"{path}: {_message(error)}") from error
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: a recipe is a mapping of keys to values")
+    refuse_resolvers(str(path), OmegaConf.to_container(node, resolve=False))
     targets = [name for name, _ in _leaves(OmegaConf.to_container(node, resolve=False)) if "_target_" in name]
     if targets:
         raise ConfigError(f"{path}: {targets[0]} is not allowed, a recipe holds values only")
     return node
+
+
+def refuse_resolvers(where: str, values: Any) -> None:
+    """Refuse `${name:...}`, by which OmegaConf reads the environment, files of its own or anything registered.
+
+    `${key}`, which takes another value of the same config, is fine. What a run needs of the environment (ranks, GPUs,
+    a login of wandb) it asks for by name in code; nothing of it can get into a config, which is saved and shown.
+    """
+    if isinstance(values, dict):
+        for name, value in values.items():
+            refuse_resolvers(f"{where}: {name}" if isinstance(name, str) else where, value)
+    elif isinstance(values, list):
+        for value in values:
+            refuse_resolvers(where, value)
+    elif isinstance(values, str) and re.search(r"\$\{.*:", _without_keys(values), re.DOTALL):
+        raise ConfigError(f"{where}: {values[:60]} is not allowed: only ${{KEY}}, another key of the config, is read")
+
+
+def _without_keys(text: str) -> str:
+    """The text without each `${key}`, from the inside out: what is left of `${a.${b}:c}` is no key."""
+    while (shorter := re.sub(r"\$\{[^${}:\\]*\}", "_", text)) != text:
+        text = shorter
+    return text
 
 
 def _blanks(recipe: str) -> set[str]:

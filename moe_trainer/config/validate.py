@@ -5,25 +5,34 @@ GPUs, comes in as a number.
 """
 
 import math
+import os
 import re
+import sys
 from dataclasses import replace
 from pathlib import Path
 
+from moe_trainer.config.auto_mesh import largest_mesh
 from moe_trainer.config.checks import at_least, positive
+from moe_trainer.config.data import check_data, check_file
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.faults import check_faults
+from moe_trainer.config.observe import check_logging, check_profiler
 from moe_trainer.config.schema import (
     Config,
     DataConfig,
     DeviceName,
     DType,
+    EvaluateConfig,
     ExportConfig,
     GenerateConfig,
     InspectConfig,
+    MeshChoice,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
 )
 from moe_trainer.config.shape import check_divisions, check_model
+from moe_trainer.config.training import check_training
 
 _WIDTH = {DType.bfloat16: 16, DType.float32: 32, DType.float64: 64}
 _SIZE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -43,18 +52,37 @@ def validate(
         ConfigError: the first rule that is broken.
     """
     _check_run(cfg)
+    check_logging(cfg.logging)
     check_model(cfg.model)
     _check_optim(cfg.optim, cfg.steps)
-    _check_data(cfg.data, cfg.model)
+    check_data(cfg.data, cfg.model)
     gpus_to_use = 0 if cfg.device is DeviceName.cpu else num_gpus or 0
-    parallel = resolve_parallel(cfg.parallel, cfg.nproc if world_size is None else world_size, gpus_to_use)
-    check_divisions(cfg.model, parallel)
-    _check_batch(cfg.data, parallel)
+    parallel = _resolve_mesh(cfg, world_size, gpus_to_use)
+    check_faults(cfg)
+    check_profiler(cfg, world_size_of(parallel))
+    check_training(cfg, parallel)
     _check_folders(cfg)
     device = cfg.device
     if num_gpus is not None:
         device = resolve_device(cfg.device, local_world_size or world_size_of(parallel), num_gpus)
     return replace(cfg, parallel=parallel, device=device)
+
+
+def _resolve_mesh(cfg: Config, world_size: int | None, num_gpus: int) -> ParallelConfig:
+    """The declared mesh, or with `parallel.mesh=auto` the largest legal one of the ranks there are."""
+
+    def check(parallel: ParallelConfig, ranks: int | None) -> ParallelConfig:
+        resolved = resolve_parallel(parallel, ranks, num_gpus)
+        check_divisions(cfg.model, resolved)
+        _check_batch(cfg.data, resolved)
+        return resolved
+
+    given = cfg.nproc if world_size is None else world_size
+    if cfg.parallel.mesh is MeshChoice.declared:
+        return check(cfg.parallel, given)
+    _check_sizes(cfg.parallel)
+    ranks = given or num_gpus or world_size_of(replace(cfg.parallel, fsdp=max(1, cfg.parallel.fsdp)))
+    return largest_mesh(cfg.parallel, ranks, lambda mesh: check(mesh, None), all_of_them=world_size is not None)
 
 
 def resolve_parallel(parallel: ParallelConfig, world_size: int | None, num_gpus: int = 0) -> ParallelConfig:
@@ -66,13 +94,7 @@ def resolve_parallel(parallel: ParallelConfig, world_size: int | None, num_gpus:
         world_size: number of ranks where it is given from outside (torchrun, `nproc`); None leaves it to the sizes.
         num_gpus: what `fsdp=-1` fills when `world_size` is None.
     """
-    for name in ("dp_replicate", "tp", "ep"):
-        size = getattr(parallel, name)
-        if size is not None:
-            at_least(f"parallel.{name}", size, 1)
-    if parallel.fsdp != -1 and parallel.fsdp < 1:
-        raise ConfigError(f"parallel.fsdp={parallel.fsdp} must be at least 1, or -1 for what is left of the world")
-
+    _check_sizes(parallel)
     others = parallel.dp_replicate * parallel.tp
     fsdp = parallel.fsdp
     if fsdp == -1:
@@ -90,6 +112,15 @@ def resolve_parallel(parallel: ParallelConfig, world_size: int | None, num_gpus:
     return replace(parallel, fsdp=fsdp, ep=_resolve_ep(parallel, fsdp))
 
 
+def _check_sizes(parallel: ParallelConfig) -> None:
+    for name in ("dp_replicate", "tp", "ep"):
+        size = getattr(parallel, name)
+        if size is not None:
+            at_least(f"parallel.{name}", size, 1)
+    if parallel.fsdp != -1 and parallel.fsdp < 1:
+        raise ConfigError(f"parallel.fsdp={parallel.fsdp} must be at least 1, or -1 for what is left of the world")
+
+
 def world_size_of(parallel: ParallelConfig) -> int:
     """Ranks of a resolved mesh."""
     return parallel.dp_replicate * parallel.fsdp * parallel.tp
@@ -105,6 +136,29 @@ def resolve_device(device: DeviceName, num_ranks: int, num_gpus: int) -> DeviceN
     if device is DeviceName.auto:
         return DeviceName.cuda if num_gpus >= num_ranks else DeviceName.cpu
     return device
+
+
+def validate_evaluate(
+    cfg: EvaluateConfig, world_size: int | None, num_gpus: int | None, local_world_size: int | None = None
+) -> EvaluateConfig:
+    """The evaluation that `cfg` describes, with a concrete mesh and, once `num_gpus` is known, a concrete device; see
+    `validate`. What depends on the model's shape is checked when the checkpoint is open."""
+    _check_checkpoint(cfg.checkpoint)
+    if cfg.data.path is None and not cfg.data.mixture:
+        raise ConfigError("data.path=FILE must be given: a text to evaluate on, or a folder of moe-data prepare")
+    if cfg.data.tokenizer is not None:
+        raise ConfigError(f"data.tokenizer={cfg.data.tokenizer}: leave it out, the checkpoint has its own")
+    check_data(cfg.data, ModelConfig(max_position_embeddings=sys.maxsize))
+    for name in ("batches", "nproc"):
+        if getattr(cfg, name) is not None:
+            at_least(name, getattr(cfg, name), 1)
+    gpus_to_use = 0 if cfg.device is DeviceName.cpu else num_gpus or 0
+    parallel = resolve_parallel(cfg.parallel, cfg.nproc if world_size is None else world_size, gpus_to_use)
+    _check_batch(cfg.data, parallel)
+    device = cfg.device
+    if num_gpus is not None:
+        device = resolve_device(cfg.device, local_world_size or world_size_of(parallel), num_gpus)
+    return replace(cfg, parallel=parallel, device=device)
 
 
 def validate_generate(cfg: GenerateConfig, world_size: int | None, num_gpus: int | None) -> GenerateConfig:
@@ -136,7 +190,7 @@ def _check_prompts(cfg: GenerateConfig) -> None:
     if cfg.prompt is not None and cfg.prompts is not None:
         raise ConfigError("prompt and prompts are both given; exactly one of them says what to continue")
     if cfg.prompts is not None:
-        _check_file("prompts", cfg.prompts)
+        check_file("prompts", cfg.prompts)
     if cfg.output is not None:
         out = Path(cfg.output)
         if out.suffix != ".jsonl":
@@ -203,12 +257,13 @@ def _check_run(cfg: Config) -> None:
         ("checkpoint.keep_last", cfg.checkpoint.keep_last),
         ("checkpoint.keep_every", cfg.checkpoint.keep_every),
         ("optim.decay_steps", cfg.optim.decay_steps),
-        ("logging.every", cfg.logging.every),
     ):
         if value is not None:
             at_least(key, value, 1)
     if cfg.max_minutes is not None and not 0 < cfg.max_minutes < math.inf:
         raise ConfigError(f"max_minutes={cfg.max_minutes} must be above 0")
+    if cfg.dtype is DType.float64 and cfg.optim.moments_dtype is DType.bfloat16:
+        raise ConfigError("optim.moments_dtype=bfloat16 does not go with dtype=float64: leave it auto")
     both = cfg.dtype is not DType.auto and cfg.reduce_dtype is not DType.auto
     if both and _WIDTH[cfg.reduce_dtype] < _WIDTH[cfg.dtype]:
         raise ConfigError(f"reduce_dtype={cfg.reduce_dtype.value} must not be narrower than dtype={cfg.dtype.value}")
@@ -219,6 +274,8 @@ def _check_optim(optim: OptimConfig, steps: int) -> None:
         positive(f"optim.{name}", getattr(optim, name))
     if not optim.max_grad_norm > 0:
         raise ConfigError(f"optim.max_grad_norm={optim.max_grad_norm} must be above 0 (.inf never clips)")
+    if optim.moments_dtype not in (DType.auto, DType.bfloat16):
+        raise ConfigError(f"optim.moments_dtype={optim.moments_dtype.value} must be auto or bfloat16")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             raise ConfigError(f"optim.{name}={getattr(optim, name)} must be at least 0 and below 1")
@@ -231,27 +288,6 @@ def _check_optim(optim: OptimConfig, steps: int) -> None:
     name, horizon = ("steps", steps) if optim.schedule_steps is None else ("schedule_steps", optim.schedule_steps)
     if optim.warmup_steps > horizon:
         raise ConfigError(f"optim.warmup_steps={optim.warmup_steps} must be at most {name}({horizon})")
-
-
-def _check_data(data: DataConfig, model: ModelConfig) -> None:
-    if (data.text is None) == (data.path is None):
-        given = "neither is" if data.text is None else "both are"
-        raise ConfigError(f"data.text or data.path must be given, exactly one of them; {given}")
-    if data.text == "":
-        raise ConfigError("data.text is empty; give some text, or a file with data.path=FILE")
-    if data.path is not None:
-        _check_file("data.path", data.path)
-    if data.tokenizer != "byte":
-        _check_file("data.tokenizer", data.tokenizer, "; give byte or the path of a tokenizer.json")
-    for name in ("micro_batch_size", "global_batch_size"):
-        at_least(f"data.{name}", getattr(data, name), 1)
-    if data.seq_len is not None:
-        at_least("data.seq_len", data.seq_len, 1)
-        if data.seq_len > model.max_position_embeddings:
-            raise ConfigError(
-                f"data.seq_len={data.seq_len} must be at most "
-                f"model.max_position_embeddings({model.max_position_embeddings})"
-            )
 
 
 def _check_batch(data: DataConfig, parallel: ParallelConfig) -> None:
@@ -272,6 +308,8 @@ def _check_folders(cfg: Config) -> None:
         if folder.exists():
             if not folder.is_dir():
                 raise ConfigError(f"run_dir={cfg.run_dir}: {folder} is a file, not a folder")
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise ConfigError(f"run_dir={cfg.run_dir}: {folder} cannot be written to; name another run_dir")
             break
     resume = cfg.checkpoint.resume
     if resume == "none" and _holds_steps(run):
@@ -300,12 +338,3 @@ def _check_checkpoint(checkpoint: str | None) -> None:
         raise ConfigError("checkpoint=DIR must be given: a checkpoint or the folder of a run")
     if not Path(checkpoint).is_dir():
         raise ConfigError(f"checkpoint={checkpoint}: there is no such folder")
-
-
-def _check_file(key: str, text: str, hint: str = "") -> None:
-    path = Path(text)
-    if not path.is_file():
-        what = "is a folder, not a file" if path.is_dir() else "there is no such file"
-        raise ConfigError(f"{key}={text}: {what}{hint}")
-    if path.stat().st_size == 0:
-        raise ConfigError(f"{key}={text}: the file is empty{hint}")

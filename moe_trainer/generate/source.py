@@ -15,7 +15,9 @@ from tokenizers import Tokenizer
 from moe_trainer.checkpoint.agreement import agreed
 from moe_trainer.checkpoint.documents import model_config_from_json
 from moe_trainer.checkpoint.hf import load_hf
-from moe_trainer.checkpoint.manager import COMMIT, TENSORS, read_document, resolve_checkpoint
+from moe_trainer.checkpoint.lora import StoredAdapters
+from moe_trainer.checkpoint.manager import TENSORS, read_document, resolve_checkpoint
+from moe_trainer.checkpoint.manifest import COMMIT
 from moe_trainer.checkpoint.sharded import load_tensors, stored_tensors
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import ModelConfig
@@ -23,7 +25,7 @@ from moe_trainer.data.tokenizer import end_of_text_id, load_tokenizer
 from moe_trainer.generate.sampling import GREEDY, Sampling
 from moe_trainer.models.hub import model_config_from_hf
 from moe_trainer.models.registry import FAMILIES
-from moe_trainer.parallel.shards import local_part
+from moe_trainer.parallel.shards import local_box, local_part
 
 _PREFIX = "model."
 
@@ -73,11 +75,13 @@ def load_weights(source: Source, parameters: Mapping[str, torch.Tensor]) -> None
 
 
 def _load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor]) -> None:
-    """A layer at a time in the stored dtype, so that a rank holds its share of the model and of one such layer."""
+    """A layer at a time in the stored dtype, so that a rank holds its share of the model and of one such layer.
+    Adapters are added to the weights."""
     with agreed(f"loading {folder}"):
         stored = stored_tensors(folder / TENSORS)
         names = {name.removeprefix(_PREFIX) for name in stored if name.startswith(_PREFIX)}
-        if odd := sorted(names ^ parameters.keys()):
+        adapters = StoredAdapters(folder, names)
+        if odd := sorted((names - adapters.names) ^ parameters.keys()):
             raise ConfigError(f"weights and model.json do not fit: {', '.join(odd)}")
     for _, group in groupby(parameters, key=_layer):
         values = {
@@ -86,7 +90,10 @@ def _load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor]) -> No
         }
         load_tensors(folder / TENSORS, {_PREFIX + name: value for name, value in values.items()}, strict=False)
         for name, value in values.items():
-            local_part(parameters[name]).copy_(local_part(value))
+            local = local_part(value)
+            if adapters.adapts(name):
+                local += adapters.added(name, local_box(value)).to(local)
+            local_part(parameters[name]).copy_(local)
 
 
 def _layer(name: str) -> str:
@@ -98,7 +105,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ConfigError(f"checkpoint={folder}: no tokenizer.json in it; put the model's own there")
-    return load_tokenizer(str(path))
+    return load_tokenizer(str(path), None)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -109,7 +116,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     return values
 

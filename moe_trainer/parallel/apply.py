@@ -1,36 +1,45 @@
 """Makes a plain model parallel by a plan: parameters first, then the forward functions."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from moe_trainer.config.schema import Dispatch, ModelConfig, ParallelConfig
+from moe_trainer.config.schema import Dispatch, LoraConfig, ModelConfig, ParallelConfig
 from moe_trainer.models.decoder import CausalLM
+from moe_trainer.models.lora import add_adapters
+from moe_trainer.models.moe import SparseMoeBlock
 from moe_trainer.models.plans import Plan
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.mesh import Meshes
-from moe_trainer.parallel.plan import placements_of, resolve_plan, select_parallel_plan, verify_plan
+from moe_trainer.parallel.plan import placements_of, resolve_plan, select_parallel_plan, verify_plan, with_adapters
+from moe_trainer.parallel.sequence import SequenceShards
 from moe_trainer.parallel.styles import ParallelContext, WeightStyle
 
 
 def build_model(
-    cfg: ModelConfig, parallel: ParallelConfig, meshes: Meshes, dtype: torch.dtype
+    cfg: ModelConfig, parallel: ParallelConfig, meshes: Meshes, dtype: torch.dtype, lora: LoraConfig | None = None
 ) -> tuple[CausalLM, ParallelContext]:
     """The family's model on the meta device, split by the plan of the flags over `tp` and `ep`.
 
-    Next comes FSDP (for training), then `to_empty`, then the values.
+    Next comes FSDP (for training), then `to_empty`, then the values. With `lora` it has adapters, and all else is
+    frozen.
 
     Returns:
         The model and the context that its styles share; the loss needs its split of the sequence.
 
     Raises:
-        ConfigError: no plan for the flags, or one that does not fit the model.
+        ConfigError: no plan for the flags, or one that does not fit the model; a target of `lora` that names nothing.
     """
     family = FAMILIES[cfg.family]
     with torch.device("meta"):
-        model = family.build(cfg).to(dtype)
-    plan = select_parallel_plan(parallel, family.plans, cfg.family)
+        model = family.build(cfg)
+        if lora is not None and lora.rank is not None:
+            add_adapters(model, lora)
+        model.to(dtype)
+    plan = with_adapters(select_parallel_plan(parallel, family.plans, cfg.family), model)
     optional = family.plans.optional if parallel.plan is None else frozenset()
     context = apply_plan(model, plan, meshes, optional, parallel.dispatch)
     model.tie()
@@ -64,8 +73,18 @@ def apply_plan(
         if not isinstance(style, WeightStyle):
             module = model.get_submodule(name)
             module.forward = style.wrap(module, context)
+    if context.sequence is not None:
+        for module in model.modules():
+            if isinstance(module, SparseMoeBlock):
+                module.limit = _limit_whole(module, context.sequence)
     verify_plan(model, rules, meshes)
     return context
+
+
+def _limit_whole(block: SparseMoeBlock, sequence: SequenceShards) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Capacity over all positions, of which this rank has its own: all-gather of the choices; no backward."""
+    limit = block.limit
+    return lambda top_k_index: sequence.local(limit(sequence.gather(top_k_index)))
 
 
 def _shard(model: nn.Module, name: str, placement: Placement, mesh: DeviceMesh) -> None:

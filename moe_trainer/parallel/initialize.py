@@ -5,6 +5,7 @@ import hashlib
 import torch
 from torch import nn
 
+from moe_trainer.models.lora import is_adapter
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.parallel.shards import local_box, local_part
@@ -23,7 +24,9 @@ def initialize(model: nn.Module, seed: int, std: float) -> None:
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(module_name, recurse=False):
             local = local_part(parameter)
-            if isinstance(module, RMSNorm):
+            if is_adapter(name):
+                _initialize_adapter(name, parameter, seed)
+            elif isinstance(module, RMSNorm):
                 local.fill_(1.0)
             elif name.endswith("bias"):
                 local.zero_()
@@ -33,6 +36,22 @@ def initialize(model: nn.Module, seed: int, std: float) -> None:
                     local[row] = _draw(f"{seed}:{name}:{expert}", parameter.shape[1:], std)[tuple(rest)]
             else:
                 local.copy_(_draw(f"{seed}:{name}", parameter.shape, std)[local_box(parameter)])
+
+
+@torch.no_grad()
+def initialize_adapters(model: nn.Module, seed: int) -> None:
+    """Fill the adapters alone: A from a normal distribution of variance 1 / in, B with zero, so they add nothing."""
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            _initialize_adapter(name, parameter, seed)
+
+
+def _initialize_adapter(name: str, parameter: nn.Parameter, seed: int) -> None:
+    local, std = local_part(parameter), parameter.shape[-1] ** -0.5
+    if name.endswith("lora_b"):
+        local.zero_()
+    else:
+        local.copy_(_draw(f"{seed}:{name}", parameter.shape, std)[local_box(parameter)])
 
 
 def _draw(key: str, shape: torch.Size, std: float) -> torch.Tensor:

@@ -1,11 +1,10 @@
 """From the flags to a plan, from a plan to a rule for each module and parameter, and the proof that it took."""
 
-import re
-
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement
 
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.patterns import matches
 from moe_trainer.config.schema import Family, ParallelConfig
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.moe import Experts
@@ -40,6 +39,20 @@ def select_parallel_plan(parallel: ParallelConfig, plans: ParallelPlans, family:
     return plan
 
 
+def with_adapters(plan: Plan, model: nn.Module) -> Plan:
+    """The plan, and rules for the adapters of experts (`models.lora`), which follow from those of their weights; the
+    adapters of linear layers go with their layer."""
+    names = [name for name, _ in model.named_parameters() if "_lora_" in name]
+    rules = {}
+    for name in names:
+        module, _, last = name.rpartition(".")
+        weight_style = rule_for(f"{module}.{last.partition('_lora_')[0]}_proj", plan)
+        if weight_style is not None:
+            is_whole = weight_style != "grouped_gemm" and last in ("gate_up_lora_a", "down_lora_b")
+            rules[name] = "moe_tp_adapter" if is_whole else weight_style
+    return plan | rules
+
+
 def rule_for(name: str, plan: Plan) -> str | None:
     """The style of a module or parameter, if the plan has one for it.
 
@@ -53,9 +66,9 @@ def rule_for(name: str, plan: Plan) -> str | None:
 def _pattern_for(name: str, plan: Plan) -> str | None:
     """The narrowest pattern that matches: every other one that does contains it. So an exact name goes before a
     pattern, and `layers.*.mlp` before `layers.*.*`."""
-    matching = [pattern for pattern in plan if _matches(pattern, name)]
+    matching = [pattern for pattern in plan if matches(pattern, name)]
     # A pattern contains another one if it matches it as text: a star stands for a star too.
-    narrowest = [p for p in matching if not any(_matches(p, other) for other in matching if other != p)]
+    narrowest = [p for p in matching if not any(matches(p, other) for other in matching if other != p)]
     if len(narrowest) > 1:
         raise _claimed_twice(name, plan, *narrowest[:2])
     return narrowest[0] if narrowest else None
@@ -64,10 +77,6 @@ def _pattern_for(name: str, plan: Plan) -> str | None:
 def _claimed_twice(name: str, plan: Plan, first: str, second: str) -> ConfigError:
     rules = f"{first}: {plan[first]} and {second}: {plan[second]}"
     return ConfigError(f"parallel plan: two rules claim {name}: {rules}")
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return re.fullmatch(re.escape(pattern).replace(r"\*", r"[^.]+"), name) is not None
 
 
 def resolve_plan(model: nn.Module, plan: Plan, optional: frozenset[str] = frozenset()) -> dict[str, Style]:
@@ -80,7 +89,7 @@ def resolve_plan(model: nn.Module, plan: Plan, optional: frozenset[str] = frozen
     modules = dict(model.named_modules())
     names = [*modules, *(name for name, _ in model.named_parameters(remove_duplicate=False))]
     for pattern in plan:
-        if pattern not in optional and not any(_matches(pattern, name) for name in names):
+        if pattern not in optional and not any(matches(pattern, name) for name in names):
             raise ConfigError(f"parallel plan: {pattern} matches no module or parameter of the model")
     patterns = {name: pattern for name in names if (pattern := _pattern_for(name, plan)) is not None}
     for name, pattern in patterns.items():

@@ -4,24 +4,30 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import DeviceName
 
 
 @contextmanager
-def process_group(device: DeviceName) -> Iterator[torch.device]:
+def process_group(device: DeviceName, timeout_seconds: float = 1800.0) -> Iterator[torch.device]:
     """Join the world that torchrun describes, or be a world of one; leave it at the end.
 
     CUDA tensors travel by NCCL, CPU tensors and Python objects by gloo.
 
     Args:
         device: `cpu` or `cuda`, already decided.
+        timeout_seconds: how long a collective may wait for the other ranks.
 
     Yields:
         This rank's device.
+
+    Raises:
+        ConfigError: the address of the world, which the environment gives, is taken or out of reach.
     """
     if device is DeviceName.cuda:
         torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
@@ -33,10 +39,19 @@ def process_group(device: DeviceName) -> Iterator[torch.device]:
         # One machine: do not depend on what its host name resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "WORLD_SIZE" in os.environ:
-        dist.init_process_group(backend)
+        try:
+            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+        except dist.DistNetworkError as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            said = str(error).splitlines()[0]
+            raise ConfigError(f"MASTER_ADDR:MASTER_PORT={where} cannot be used, give another port: {said}") from error
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    is_whole = False
     try:
         yield torch_device
+        is_whole = True
     finally:
-        dist.destroy_process_group()
+        # After an exception other ranks may be in a collective, which leaving in good order would wait for.
+        if is_whole or dist.get_world_size() == 1:
+            dist.destroy_process_group()

@@ -16,12 +16,14 @@ from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from moe_trainer.config.schema import Dispatch
+from moe_trainer.kernels.experts import Exchange
+from moe_trainer.kernels.permute import Routes, sort_by_expert
 from moe_trainer.models.linear import Embedding, Linear
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.router import Routing
 from moe_trainer.parallel.collectives import all_gather, all_reduce, copy_to_group, gather_replicated, reduce_scatter
-from moe_trainer.parallel.dispatch import exchanged_experts, gathered_experts, local_index
+from moe_trainer.parallel.dispatch import exchanged_experts, gathered_experts, held_rows, local_index
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.sequence import SequenceShards
 
@@ -96,12 +98,20 @@ class LeafStyle:
     axis: str = "tp"
 
     def placements(self, module: Any, ranks: int) -> dict[str, Placement]:
-        """Of each parameter of the leaf."""
-        has_bias = getattr(module, "bias", None) is not None
-        return {"weight": self.weight, "bias": self.bias or Replicate()} if has_bias else {"weight": self.weight}
+        """Of each parameter of the leaf. B of adapters lies like the weight's rows, A like its columns."""
+        placements = {"weight": self.weight, "bias": self.bias or Replicate()}
+        placements["lora_a"] = self.weight if self.weight == Shard(1) else Replicate()
+        placements["lora_b"] = self.weight if self.weight == Shard(0) else Replicate()
+        return {name: placements[name] for name, _ in module.named_parameters(recurse=False)}
 
     def wrap(self, module: Any, context: ParallelContext) -> Callable[[torch.Tensor], Any]:
         """The leaf's forward on local weights."""
+
+        is_adapted = getattr(module, "lora_a", None) is not None
+
+        def compute(x: torch.Tensor, *weights: torch.Tensor) -> Any:
+            out = module.compute(x, *weights)
+            return out + module.adapt(x, *self._local_adapters(module)) if is_adapted else out
 
         def forward(x: torch.Tensor) -> Any:
             if self.before is not None:
@@ -109,15 +119,23 @@ class LeafStyle:
             weight = local_weight(module.weight, self.weight_grad)
             bias = local_weight(getattr(module, "bias", None), self.bias_grad)
             if bias is None:
-                out = module.compute(x, weight)
+                out = compute(x, weight)
                 return out if self.after is None else self.after(out, context)
             if isinstance(self.bias, Replicate) and self.after is not None:
                 # The outputs are summed over ranks: the bias is added once, after.
-                return self.after(module.compute(x, weight), context) + bias
-            out = module.compute(x, weight, bias)
+                return self.after(compute(x, weight), context) + bias
+            out = compute(x, weight, bias)
             return out if self.after is None else self.after(out, context)
 
         return forward
+
+    def _local_adapters(self, module: Linear) -> list[torch.Tensor]:
+        """A and B. The half that is whole meets a part of the weight's rows or columns, or of the tokens where the
+        weight does: its gradient is then a part of the sum."""
+        is_part = isinstance(self.weight, Shard) or self.weight_grad is not None
+        a = None if self.weight == Shard(1) or not is_part else Partial()
+        b = None if self.weight == Shard(0) or not is_part else Partial()
+        return [local_weight(module.lora_a, a), local_weight(module.lora_b, b)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +177,9 @@ class KeyValueStyle:
 
     def placements(self, module: Linear, ranks: int) -> dict[str, Placement]:
         """Of weight and bias."""
-        placement = Shard(0) if module.heads % ranks == 0 else Replicate()
-        return {name: placement for name, _ in module.named_parameters(recurse=False)}
+        if module.heads % ranks == 0:
+            return LeafStyle(Shard(0), bias=Shard(0)).placements(module, ranks)
+        return {name: Replicate() for name, _ in module.named_parameters(recurse=False)}
 
     def wrap(self, module: Linear, context: ParallelContext) -> Callable[[torch.Tensor], torch.Tensor]:
         """The projection's forward on this rank's heads."""
@@ -173,7 +192,13 @@ class KeyValueStyle:
             whole = local_weight(weight, Partial())
             return None if whole is None else whole.unflatten(0, (module.heads, -1))[head]
 
-        return lambda x: module.compute(x, of_head(module.weight), of_head(module.bias))
+        def forward(x: torch.Tensor) -> torch.Tensor:
+            out = module.compute(x, of_head(module.weight), of_head(module.bias))
+            if module.lora_a is None:
+                return out
+            return out + module.adapt(x, local_weight(module.lora_a, Partial()), of_head(module.lora_b))
+
+        return forward
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,13 +254,16 @@ def _on_input(before: Transform) -> ModuleStyle:
 
 
 def _expert_weights(module: Experts) -> dict[str, torch.Tensor]:
-    return {name: local_weight(weight) for name, weight in module.named_parameters(recurse=False)}
+    return {name: local_weight(weight) for name, weight in module.weights().items()}
 
 
 def _split_expert_weights(module: Experts, group: ProcessGroup) -> dict[str, torch.Tensor]:
-    """Weights of experts that are split inside. What every rank has whole, a bias after `down_proj`, is added on the
-    first rank only, because the outputs are summed."""
+    """Weights of experts that are split inside. What every rank has whole has a partial gradient; a bias after
+    `down_proj` is added on the first rank only, because the outputs are summed."""
     weights = _expert_weights(module)
+    for name in ("gate_up_lora_a", "down_lora_b"):
+        if name in weights:
+            weights[name] = local_weight(getattr(module, name), Partial())
     if "down_bias" in weights:
         whole = local_weight(module.down_bias, Partial())
         weights["down_bias"] = whole if group.rank() == 0 else whole * 0
@@ -287,8 +315,10 @@ def _moe_experts_allreduce(module: Experts, context: ParallelContext) -> Callabl
 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
         index = local_index(top_k_index, module.num_experts, group)
-        x, trim = copy_to_group(x, group), torch.is_grad_enabled()
-        return all_reduce(module.compute(x, index, top_k_weights, _expert_weights(module), trim), group)
+        num_rows = held_rows(index, module.num_experts, group)
+        weights, x = _expert_weights(module), copy_to_group(x, group)
+        routes = sort_by_expert(index, module.num_experts // group.size()).trimmed(num_rows)
+        return all_reduce(module.compute_routes(x, routes, top_k_weights, weights), group)
 
     return forward
 
@@ -298,10 +328,16 @@ def _moe_dispatch(module: Experts, context: ParallelContext) -> Callable[..., to
     group = context.group("ep")
 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        compute = partial(module.compute, weights=_expert_weights(module))
         if context.gathers_tokens(top_k_index.shape[1]):
+
+            def compute_all(
+                x: torch.Tensor, routes: Routes, weights: torch.Tensor, exchange: Exchange
+            ) -> torch.Tensor:
+                return module.compute_routes(x, routes, weights, _expert_weights(module), exchange)
+
             sizes = context.tokens_of_expert_ranks(len(x))
-            return gathered_experts(compute, x, top_k_index, top_k_weights, module.num_experts, sizes, group)
+            return gathered_experts(compute_all, x, top_k_index, top_k_weights, module.num_experts, sizes, group)
+        compute = partial(module.compute, weights=_expert_weights(module))
         return exchanged_experts(compute, x, top_k_index, top_k_weights, module.num_experts, group)
 
     return forward
@@ -346,6 +382,8 @@ STYLES: dict[str, Style] = {
     "moe_tp_down_rowwise": WeightStyle(Shard(2)),
     # down_bias [experts, hidden]: whole, added on the first rank.
     "moe_tp_down_bias": WeightStyle(Replicate()),
+    # The half of an adapter that is whole where the experts are split inside; its gradient is a part of a sum.
+    "moe_tp_adapter": WeightStyle(Replicate()),
     # Expert weights: whole experts on each rank of `ep`.
     "grouped_gemm": WeightStyle(Shard(0), axis="ep"),
     # Experts split inside. Forward all-reduce of the output; backward all-reduce of input and top_k_weights.

@@ -11,7 +11,7 @@ from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.mesh import build_meshes
-from moe_trainer.parallel.plan import rule_for, select_parallel_plan
+from moe_trainer.parallel.plan import rule_for, select_parallel_plan, with_adapters
 from moe_trainer.parallel.precision import resolve_precision
 from moe_trainer.parallel.shards import local_part
 
@@ -34,10 +34,10 @@ def plan_rows(cfg: Config) -> list[Row]:
     try:
         meshes = build_meshes(cfg.parallel, "cpu")
         precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, torch.device("cpu"))
-        model, _ = build_model(cfg.model, cfg.parallel, meshes, precision.master)
+        model, _ = build_model(cfg.model, cfg.parallel, meshes, precision.master, cfg.lora)
         shard_over_data(model, meshes, precision)
         family = FAMILIES[cfg.model.family]
-        plan = select_parallel_plan(cfg.parallel, family.plans, cfg.model.family)
+        plan = with_adapters(select_parallel_plan(cfg.parallel, family.plans, cfg.model.family), model)
         return [_row(name, parameter, plan) for name, parameter in model.named_parameters()]
     finally:
         dist.destroy_process_group()

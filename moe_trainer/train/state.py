@@ -1,7 +1,7 @@
 """Where a run stands: a few integers, from which data order, learning rate and random streams follow."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 
 from moe_trainer.config.errors import ConfigError
 
@@ -25,7 +25,9 @@ class TrainState:
     tokens: int = 0
     """Labels learned from."""
     skipped_steps: int = 0
-    """Steps that moved nothing, because the gradients were not finite; known when a checkpoint is saved."""
+    """Steps that moved nothing, because the gradients were not finite or spiked; known when a checkpoint is saved."""
+    grad_norms: list[float] = field(default_factory=list)
+    """What `SpikeGuard` knows; empty before it knows anything."""
 
     def advance(self, samples: int, tokens: int) -> None:
         """Count one step."""
@@ -42,15 +44,19 @@ class TrainState:
         """The inverse of `to_json`.
 
         Raises:
-            ConfigError: another format, or a missing entry.
+            ConfigError: another format, a missing entry, or one that is no count.
         """
         try:
             values = json.loads(text)
             if values["format"] != FORMAT:
                 raise ConfigError(f"state.json has format {values['format']}, this version reads {FORMAT}")
-            values.setdefault("skipped_steps", 0)  # older checkpoints
+            values = {"skipped_steps": 0, "grad_norms": [], **values}  # older checkpoints lack them
+            counts = [values[name] for name in cls.__slots__ if name not in ("data_fingerprint", "grad_norms")]
+            if not all(type(count) is int and count >= 0 for count in counts):
+                raise ValueError(f"counts are whole numbers from 0 up, not {counts}")
+            values["grad_norms"] = [float(norm) for norm in values["grad_norms"]]
             return cls(**{name: values[name] for name in cls.__slots__})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
             if isinstance(error, ConfigError):
                 raise
             raise ConfigError(f"state.json cannot be read: {error!r}") from error

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from moe_trainer.config.schema import AuxScope, ModelConfig, ParallelConfig
+from moe_trainer.config.schema import AuxScope, LoraConfig, ModelConfig, ParallelConfig, Recompute
 from moe_trainer.config.validate import resolve_parallel
 from moe_trainer.models.decoder import CausalLM
+from moe_trainer.models.lora import add_adapters
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.models.router import GroupedSigmoidRouter
 from moe_trainer.parallel.apply import build_model
@@ -27,6 +28,7 @@ from moe_trainer.parallel.shards import local_box, local_part
 from moe_trainer.testing.compare import assert_close_by_part, full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.loss import Losses, LossFn
+from moe_trainer.train.recompute import recompute_layers
 
 MODEL = ModelConfig(
     vocab_size=48,
@@ -64,7 +66,14 @@ def mesh(plan: str, dp_replicate: int = 1, fsdp: int = 1, tp: int = 1, ep: int |
         ConfigError: the config does not allow them together.
     """
     sequence_parallel, expert_parallel = PLANS[plan]
-    parallel = ParallelConfig(dp_replicate, fsdp, tp, ep, sequence_parallel, expert_parallel)
+    parallel = ParallelConfig(
+        dp_replicate=dp_replicate,
+        fsdp=fsdp,
+        tp=tp,
+        ep=ep,
+        sequence_parallel=sequence_parallel,
+        expert_parallel=expert_parallel,
+    )
     return resolve_parallel(parallel, dp_replicate * fsdp * tp)
 
 
@@ -106,6 +115,8 @@ class Case:
     aux_coef: float = AUX_COEF
     z_coef: float = Z_COEF
     aux_scope: AuxScope = AuxScope.micro_batch
+    recompute: Recompute = Recompute.none
+    lora: LoraConfig = field(default_factory=LoraConfig)
     clear_routing: bool = False
     """Route by a code of the token with wide gaps (`encode`) instead of by `bend`, for narrow types."""
 
@@ -152,7 +163,7 @@ def bend(model: CausalLM) -> None:
     """
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         local = local_part(parameter)
-        if name.endswith(("bias", "norm.weight")):
+        if name.endswith(("bias", "norm.weight", "lora_b")):
             uneven = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
             local += (0.1 * uneven[local_box(parameter)]).to(local)
         if name == "model.embed_tokens.weight":
@@ -189,7 +200,8 @@ def sharded_model(case: Case) -> tuple[CausalLM, LossFn, Meshes]:
     """The model on this rank's mesh, with the values that the plain one has; collective."""
     meshes = build_meshes(case.parallel, case.device)
     reduce = torch.promote_types(case.dtype, torch.float32)
-    model, context = build_model(case.model, case.parallel, meshes, case.dtype)
+    model, context = build_model(case.model, case.parallel, meshes, case.dtype, case.lora)
+    recompute_layers(model, case.recompute)
     shard_over_data(model, meshes, Precision(case.compute or case.dtype, case.dtype, reduce))
     model.to_empty(device=case.device)
     initialize(model, 0, case.model.initializer_range)
@@ -200,7 +212,10 @@ def sharded_model(case: Case) -> tuple[CausalLM, LossFn, Meshes]:
 
 def plain_model(case: Case) -> CausalLM:
     """The model on one process, whole."""
-    model = FAMILIES[case.model.family].build(case.model).to(case.dtype)
+    model = FAMILIES[case.model.family].build(case.model)
+    if case.lora.rank is not None:
+        add_adapters(model, case.lora)
+    model.to(case.dtype)
     initialize(model, 0, case.model.initializer_range)
     (encode if case.clear_routing else bend)(model)
     return model.to(case.device)
@@ -267,7 +282,8 @@ def _train(
             shares = shares.add(losses)
         steps.append(shares.unflatten(total(shares.flatten()).cpu()))
         if len(steps) == 1:
-            gradients = whole({name: parameter.grad for name, parameter in model.named_parameters()})
+            named = model.named_parameters()
+            gradients = whole({name: parameter.grad for name, parameter in named if parameter.grad is not None})
         norms.append(clip(model.parameters(), MAX_NORM).item())
         optimizer.step()
         optimizer.zero_grad()

@@ -199,19 +199,19 @@ def refusal(folder: Path) -> list[str]:
     """One rank cannot read: all stop with the same words, and soon."""
     parameters = sharded(2, 1, 1, (0, 0))
     messages = []
-    real_read = hf._Files.read
+    real_read = hf.HubFiles.read
 
-    def read(files: hf._Files, key: str, box: tuple[slice, ...]) -> torch.Tensor:
+    def read(files: hf.HubFiles, key: str, box: tuple[slice, ...]) -> torch.Tensor:
         if dist.get_rank() == 1:
             raise ConfigError("the cable is out")
         return real_read(files, key, box)
 
-    hf._Files.read = read
+    hf.HubFiles.read = read
     try:
         hf.load_hf(folder, parameters, partial(key_map, MODEL))
     except ConfigError as error:
         messages.append(str(error))
-    hf._Files.read = real_read
+    hf.HubFiles.read = real_read
     mesh = init_device_mesh("cpu", (2,))
     local = torch.zeros(MODEL.num_experts, 2, MODEL.intermediate_size // 2, MODEL.hidden_size)
     name = "model.layers.0.mlp.experts.gate_up_proj"

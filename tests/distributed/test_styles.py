@@ -1,7 +1,7 @@
 """Each style alone, forward and backward, against the plain module; four positions over three ranks: 2, 2, none."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.models.linear import Embedding, Linear
+from moe_trainer.models.lora import adapt
 from moe_trainer.models.moe import ClampedExperts, Experts, SparseMoeBlock
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.plans import Plan
@@ -80,6 +81,19 @@ def biased_block() -> nn.Module:
     return nn.ModuleDict({"leaf": SparseMoeBlock(BiasedRouter(WIDTH, 6, 2), experts)})
 
 
+def adapted(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """The same with adapters on every linear layer and on the experts."""
+
+    def build_adapted() -> nn.Module:
+        module = build()
+        for inner in module.modules():
+            if isinstance(inner, Linear | Experts):
+                adapt(inner, rank=2, scale=0.5)
+        return module
+
+    return build_adapted
+
+
 def key_heads() -> nn.Module:
     return nn.ModuleDict({"leaf": Linear(WIDTH, WIDTH, bias=True, heads=3)})
 
@@ -111,6 +125,13 @@ INSIDE_BIASES = {
 }
 WHOLE_BIASES = {"leaf.experts.gate_up_bias": "grouped_gemm", "leaf.experts.down_bias": "grouped_gemm"}
 WHOLE = {"leaf.experts.gate_up_proj": "grouped_gemm", "leaf.experts.down_proj": "grouped_gemm"}
+
+INSIDE_ADAPTERS = {
+    "leaf.experts.gate_up_lora_a": "moe_tp_adapter",
+    "leaf.experts.gate_up_lora_b": "moe_tp_gate_up_colwise",
+    "leaf.experts.down_lora_a": "moe_tp_down_rowwise",
+    "leaf.experts.down_lora_b": "moe_tp_adapter",
+}
 
 EXAMPLES = {
     "colwise": Example(linear, {"leaf": "colwise"}, "whole", "features", "sum"),
@@ -174,6 +195,26 @@ EXAMPLES = {
     "experts_sp_ep": Example(
         block,
         WHOLE | {"leaf.gate": "replicated_weight", "leaf.experts": "moe_dispatch"},
+        *("sequence", "sequence", "sequence"),
+    ),
+}
+
+
+EXAMPLES |= {
+    "adapted_colwise": replace(EXAMPLES["colwise"], build=adapted(linear)),
+    "adapted_rowwise": replace(EXAMPLES["rowwise"], build=adapted(linear)),
+    "adapted_rowwise_reduce_scatter": replace(EXAMPLES["rowwise_reduce_scatter"], build=adapted(linear)),
+    "adapted_replicated_weight": replace(EXAMPLES["replicated_weight"], build=adapted(plain_linear)),
+    "adapted_kv_heads": replace(EXAMPLES["colwise_kv_heads"], build=adapted(key_heads)),
+    "adapted_fewer_kv_heads": replace(EXAMPLES["colwise_fewer_kv_heads"], build=adapted(shared_key_head)),
+    "adapted_experts_tp": Example(
+        adapted(biased_block),
+        INSIDE | INSIDE_BIASES | INSIDE_ADAPTERS | {"leaf.experts": "moe_tp_experts"},
+        *("whole", "whole", "whole"),
+    ),
+    "adapted_experts_sp": Example(
+        adapted(block),
+        INSIDE | INSIDE_ADAPTERS | {"leaf.gate": "replicated_weight", "leaf.experts": "moe_tp_experts_gather"},
         *("sequence", "sequence", "sequence"),
     ),
 }

@@ -1,5 +1,6 @@
 """Blocks of a checkpoint's tensors: right whatever was saved how, and no more in memory than a buffer."""
 
+import pickle
 import tracemalloc
 from pathlib import Path
 
@@ -64,3 +65,22 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(ConfigError, match=rf"{path.name} cannot be read"):
         StoredBlocks(tmp_path, ["p"])
+
+
+def test_a_tensor_without_a_place_is_named(tmp_path: Path) -> None:
+    save_tensors(tmp_path, {"p": torch.ones(3), "other": torch.ones(3)})
+    metadata = pickle.loads((tmp_path / ".metadata").read_bytes())
+    del metadata.storage_data[next(index for index in metadata.storage_data if index.fqn == "p")]
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ConfigError, match=r"\.metadata cannot be read: KeyError: .*'p'"):
+        StoredBlocks(tmp_path, ["p"])
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    """Mapped into memory, this would end the process with SIGBUS."""
+    save_tensors(tmp_path, {"p": torch.ones(300, 400)})
+    stored = StoredBlocks(tmp_path, ["p"])
+    (path,) = tmp_path.glob("*.distcp")
+    path.write_bytes(b"")
+    with pytest.raises(ConfigError, match=rf"{path.name} is shorter than it was"):
+        stored.read("p", (slice(0, 300), slice(0, 400)), torch.empty(300, 400))

@@ -9,13 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_trainer.checkpoint import manager as manager_module
+from moe_trainer.checkpoint.background import _available_bytes
 from moe_trainer.checkpoint.manager import (
     CheckpointManager,
+    checkpoint_to_resume,
     find_latest,
     read_document,
     resolve_checkpoint,
-    verify,
 )
+from moe_trainer.checkpoint.manifest import verify
 from moe_trainer.checkpoint.sharded import load_tensors
 from moe_trainer.config.errors import ConfigError
 
@@ -114,6 +117,45 @@ def test_newer_format_is_named(tmp_path: Path) -> None:
         resolve_checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["a\0", "\ud800", "without .metadata"])
+def test_manifest_of_impossible_files_is_damage(tmp_path: Path, name: str) -> None:
+    good, bad = save(tmp_path, 1), save(tmp_path, 2)
+    commit = json.loads((bad / "COMMIT.json").read_text())
+    record = commit["files"].pop("tensors/.metadata")
+    if name != "without .metadata":
+        commit["files"] |= {"tensors/.metadata": record, name: record}
+    (bad / "COMMIT.json").write_text(json.dumps(commit))
+    with pytest.raises(ConfigError, match="step-00000002 is damaged: "):
+        verify(bad)
+    assert find_latest(tmp_path) == good
+    assert save(tmp_path, 3, keep_last=1).is_dir() and not good.exists() and bad.exists()
+
+
+def test_trouble_behind_a_published_checkpoint_is_only_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It strikes rank 0 alone: raised there, it would leave the others waiting."""
+
+    def fail(root: Path) -> list[Path]:
+        raise ValueError("embedded null byte")
+
+    monkeypatch.setattr(manager_module, "_published", fail)
+    with caplog.at_level(logging.WARNING):
+        folder = save(tmp_path, 1, keep_last=1)
+    verify(folder)
+    assert "could not tidy: ValueError: embedded null byte" in caplog.text
+
+
+def test_a_run_with_damaged_checkpoints_only_does_not_begin_anew(tmp_path: Path) -> None:
+    assert checkpoint_to_resume(tmp_path) is None
+    good = save(tmp_path, 1)
+    shard(save(tmp_path, 2)).unlink()
+    assert checkpoint_to_resume(tmp_path) == good
+    shard(good).unlink()
+    with pytest.raises(ConfigError, match=r"no undamaged checkpoint \(2 damaged\).*checkpoint\.resume=DIR"):
+        checkpoint_to_resume(tmp_path)
+
+
 def test_complete_step_is_never_overwritten(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     with pytest.raises(ConfigError, match="complete already"):
@@ -123,10 +165,11 @@ def test_complete_step_is_never_overwritten(tmp_path: Path) -> None:
 
 
 def test_damaged_step_is_set_aside_and_written_again(tmp_path: Path) -> None:
-    folder = save(tmp_path, 1)
-    flip_bit(shard(folder), 100)
-    assert value(save(tmp_path, 1)) == 1
-    assert (tmp_path / "step-00000001.damaged").is_dir()
+    save(tmp_path, 1)
+    for name in ("damaged", "damaged2", "damaged3"):
+        flip_bit(shard(tmp_path / "step-00000001"), 100)
+        assert value(save(tmp_path, 1)) == 1
+        assert (tmp_path / f"step-00000001.{name}" / "COMMIT.json").is_file()
 
 
 def test_foreign_folder_in_the_way(tmp_path: Path) -> None:
@@ -229,3 +272,12 @@ def test_every_byte_is_synced_before_the_rename(tmp_path: Path, monkeypatch: pyt
     assert set(at_rename) > {"COMMIT.json", "tensors/.metadata", "tensors/__0_0.distcp", "."}
     assert all(at_rename.values()), at_rename
     assert tmp_path.stat().st_ino in synced
+
+
+def test_memory_of_a_container_is_respected(tmp_path: Path) -> None:
+    on_machine = _available_bytes(tmp_path)
+    for name, text in {"current": "900\n", "stat": "anon 500\ninactive_file 300\n", "max": "max\n"}.items():
+        (tmp_path / f"memory.{name}").write_text(text)
+    assert on_machine > 1000 and _available_bytes(tmp_path) > 1000
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert _available_bytes(tmp_path) == 400

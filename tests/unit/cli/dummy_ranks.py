@@ -10,6 +10,27 @@ from moe_trainer.cli.command import run_command
 from moe_trainer.config.errors import ConfigError
 
 
+def crash_in_a_group(folder: Path, rank: str) -> None:
+    """Rank 1 raises while rank 0 waits for it in a collective, on two groups."""
+    import torch
+    import torch.distributed as dist
+
+    from moe_trainer.config.schema import DeviceName
+    from moe_trainer.parallel.process_group import process_group
+
+    with process_group(DeviceName.cpu):
+        other = dist.new_group(backend="gloo")
+        works = [dist.all_reduce(torch.ones(1), group=group, async_op=True) for group in (None, other)]
+        for work in works:
+            work.wait()
+        waiting = dist.all_reduce(torch.ones(1), group=other, async_op=True)
+        if rank == "1":
+            (folder / "boom").touch()
+            raise RuntimeError("boom")
+        dist.all_reduce(torch.ones(1))
+        waiting.wait()
+
+
 def behave(folder: Path, mode: str, rank: str) -> int:
     """Play one part: ends well, sleeps, ignores signals, makes a mistake, crashes or is killed."""
     (folder / f"rank{rank}").write_text(str(os.getpid()))
@@ -19,6 +40,8 @@ def behave(folder: Path, mode: str, rank: str) -> int:
         raise ConfigError("data.path=x: no\nsuch file")
     if mode == "crash" and rank == "1":
         raise RuntimeError("boom")
+    if mode == "crash_in_a_group":
+        crash_in_a_group(folder, rank)
     if mode == "killed" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     if mode != "well":

@@ -47,8 +47,8 @@ def test_train_mistake(argv: list[str], line: str, tmp_path: Path, capsys: pytes
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        ([], "moe-checkpoint: the first argument is one of export, inspect, verify; none is given"),
-        (["delete"], "moe-checkpoint: the first argument is one of export, inspect, verify; not 'delete'"),
+        ([], "moe-checkpoint: the first argument is one of export, inspect, verify, upcycle; none is given"),
+        (["delete"], "moe-checkpoint: the first argument is one of export, inspect, verify, upcycle; not 'delete'"),
         (["inspect"], "moe-checkpoint: checkpoint=DIR must be given"),
         (["verify", "checkpoint=a, b"], "moe-checkpoint: checkpoint=a, b: there is no such folder"),
         (["export", "checkpoint=.", "out=."], "moe-checkpoint: out=. exists already; name a folder that does not"),

@@ -59,18 +59,27 @@ def wait_until_gone(pids: list[int], seconds: float) -> bool:
 )
 def test_exit_code_and_one_line(tmp_path: Path, mode: str, code: int, stderr: str) -> None:
     command = start(tmp_path, mode)
-    _, said = command.communicate(timeout=60)
+    _, said = command.communicate(timeout=240)
     assert (command.returncode, said) == (code, stderr)
     assert wait_until_gone(ranks_of(tmp_path), 1)
 
 
 def test_crash_shows_the_ranks_traceback_and_not_the_launchers(tmp_path: Path) -> None:
     command = start(tmp_path, "crash")
-    _, said = command.communicate(timeout=60)
+    _, said = command.communicate(timeout=240)
     assert command.returncode == 1
     assert said.count("Traceback") == 1 and "RuntimeError: boom" in said
     assert said.endswith("rank 1 left with code 1; the other ranks were ended\n")
     assert "ChildFailedError" not in said and "OMP_NUM_THREADS" not in said
+
+
+def test_a_rank_that_raises_takes_the_others_down_in_ten_seconds(tmp_path: Path) -> None:
+    command = start(tmp_path, "crash_in_a_group")
+    _, said = command.communicate(timeout=240)
+    assert time.time() - (tmp_path / "boom").stat().st_mtime < 10
+    assert command.returncode == 1
+    assert said.count("Traceback") == 1 and "RuntimeError: boom" in said and "closed" not in said
+    assert said.endswith("rank 1 left with code 1; the other ranks were ended\n")
 
 
 @pytest.mark.parametrize(

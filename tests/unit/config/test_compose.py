@@ -9,7 +9,7 @@ from moe_trainer.config import store
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.keys import keys_of
 from moe_trainer.config.schema import Config, ScheduleName
-from moe_trainer.config.store import compose, recipes, to_yaml
+from moe_trainer.config.store import compose, recipes, refuse_resolvers, to_yaml
 
 NASTY = [
     "a, b = 'c' \"d\"",
@@ -91,6 +91,27 @@ def test_interpolation_sees_a_text_of_the_command_line() -> None:
 
 
 @pytest.mark.parametrize(
+    ("value", "is_allowed"),
+    [
+        ("${model.init_from}/a:b", True),
+        ("a:${seed}:${steps}", True),
+        ("${a.${b}}/c:d", True),
+        ("${oc.env:HOME}", False),
+        ("${seed}${oc.env:HOME}", False),
+        ("${oc.${a}:HOME}", False),
+        ("${oc.${a.${b}}:HOME}", False),
+        ("${oc.${a$b}:HOME}", False),
+        ("${${oc.env:HOME}}", False),
+    ],
+)
+def test_resolvers_are_told_from_colons(value: str, is_allowed: bool) -> None:
+    if is_allowed:
+        return refuse_resolvers("recipe", {"key": [value]})
+    with pytest.raises(ConfigError, match="recipe: key: .* is not allowed"):
+        refuse_resolvers("recipe", {"key": [value]})
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["parallel.tpp=2"], "parallel.tpp is not a key; did you mean parallel.tp?"),
@@ -117,7 +138,7 @@ def test_interpolation_sees_a_text_of_the_command_line() -> None:
         (["steps"], "'steps' is not of the form key=value"),
         (["--multirun"], "'--multirun' is not of the form key=value"),
         (["=3"], "'=3' is not of the form key=value"),
-        (["model=mixtral_huge"], "olmoe_tiny, qwen3_30b_a3b, qwen3_moe_tiny, or give model.KEY=VALUE"),
+        (["model=mixtral_huge"], "qwen3_30b_a3b, qwen3_moe_code, qwen3_moe_tiny, or give model.KEY=VALUE"),
         (["recipe=mixtral_tp"], "recipe=mixtral_tp: write +recipe=mixtral_tp"),
         (["+recipe=mixtral_spep"], "no recipe 'mixtral_spep'; did you mean mixtral_sp_ep?; recipes: deepseek"),
         (["+recipe=mixtral_tp", "+recipe=mixtral_sp"], "recipe"),

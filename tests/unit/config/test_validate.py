@@ -130,8 +130,11 @@ def test_illegal_mesh_is_refused_with_its_numbers(
         ({"optim__warmup_steps": 11, "steps": 10}, "optim.warmup_steps=11 must be at most steps(10)"),
         ({"optim__warmup_steps": 11, "optim__schedule_steps": 9}, "=11 must be at most schedule_steps(9)"),
         ({"optim__schedule_steps": 0}, "optim.schedule_steps=0 must be at least 1"),
-        ({"data__text": None}, "data.text or data.path must be given, exactly one of them; neither is"),
-        ({"data__path": "x"}, "data.text or data.path must be given, exactly one of them; both are"),
+        ({"data__text": None}, "data.text, data.path or data.mixture must be given, exactly one of them; none is"),
+        (
+            {"data__path": "x"},
+            "data.text, data.path or data.mixture must be given, exactly one of them; data.text and data.path are",
+        ),
         ({"data__text": ""}, "data.text is empty"),
         ({"data__text": None, "data__path": "/nowhere.txt"}, "data.path=/nowhere.txt: there is no such file"),
         ({"data__text": None, "data__path": "/"}, "data.path=/: is a folder, not a file"),
