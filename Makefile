@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: demo test test-all checks golden wheel clean
+.PHONY: demo test test-all checks audit golden wheel clean
 
 demo: $(READY)
 	$(BIN)/python scripts/overfit_demo.py
@@ -15,9 +15,13 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest $(ARGS)
 
-checks: $(READY)
+checks: $(READY) audit
 	$(BIN)/ruff check .
 	$(BIN)/lint-imports
+
+# Known vulnerabilities of what is installed, where the advisories can be reached.
+audit: $(READY)
+	$(BIN)/python scripts/audit.py
 
 # Rewrites tests/golden; read the diff.
 golden: $(READY)

@@ -42,7 +42,10 @@ def meshes(plan: str, world: int) -> list[ParallelConfig]:
     sizes = [size for size in range(1, world + 1) if world % size == 0]
     found = []
     for dp_replicate, tp, ep in product((1, 2), sizes, sizes if expert_parallel else [None]):
-        parallel = ParallelConfig(dp_replicate, -1, tp, ep, sequence_parallel, expert_parallel)
+        sizes_of_axes = {"dp_replicate": dp_replicate, "tp": tp, "ep": ep}
+        parallel = ParallelConfig(
+            **sizes_of_axes, sequence_parallel=sequence_parallel, expert_parallel=expert_parallel
+        )
         try:
             found.append(resolve_parallel(parallel, world))
         except ConfigError:
