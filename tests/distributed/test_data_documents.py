@@ -46,7 +46,7 @@ def gradients_alone(one: Case) -> dict[str, torch.Tensor]:
     return {name: weight.grad for name, weight in model.named_parameters()}
 
 
-@pytest.mark.parametrize("world", MESHES)
+@pytest.mark.parametrize("world", [pytest.param(n, marks=[pytest.mark.grid] * (n > 2)) for n in MESHES])
 @pytest.mark.parametrize("name", MODELS)
 def test_documents_see_only_themselves_on_every_mesh(name: str, world: int) -> None:
     cases = [case(name, parallel) for parallel in MESHES[world]]

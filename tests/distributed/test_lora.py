@@ -52,7 +52,10 @@ def case(parallel: ParallelConfig, family: str, **options: object) -> Case:
     return Case.accumulating(parallel, torch.float64, MODELS[family], steps=2, lora=lora, **options)
 
 
-@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=[] if name in ("mixtral", "deepseek_v3") else pytest.mark.grid) for name in MODELS],
+)
 def test_every_plan_gives_the_gradients_of_one_process(family: str) -> None:
     check([case(mesh(plan, tp=2), family) for plan in PLANS], 2)
 

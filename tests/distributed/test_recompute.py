@@ -41,7 +41,7 @@ def check_bits(cases: list[Case], world: int) -> None:
     assert not wrong
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.grid)])
 def test_every_plan_on_two_ranks(dtype: torch.dtype) -> None:
     meshes = [
         mesh("tp", tp=2),
@@ -61,7 +61,7 @@ def test_fsdp_and_experts_on_four_ranks() -> None:
     check_bits([Case.accumulating(parallel, torch.float32, model, steps=2) for parallel, model in cases], 4)
 
 
-@pytest.mark.parametrize("family", [Family.deepseek_v3, Family.gpt_oss])
+@pytest.mark.parametrize("family", [Family.deepseek_v3, pytest.param(Family.gpt_oss, marks=pytest.mark.grid)])
 def test_other_families(family: Family) -> None:
     check_bits([Case.accumulating(mesh("sp_ep", tp=2), torch.float32, MODELS[family.value], steps=2)], 2)
 
