@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,8 @@ def given(recipe: str, folder: Path) -> list[str]:
     if "???" not in (recipe_dir() / f"{recipe}.yaml").read_text(encoding="utf-8"):
         return []
     arguments = [f"model.init_from={folder}", f"data.path={folder}/text.txt"]
-    model = compose("train", [f"+recipe={recipe}", *arguments]).model
+    cfg = compose("train", [f"+recipe={recipe}", *arguments])
+    model = replace(cfg.model, max_position_embeddings=cfg.data.seq_len)
     (folder / "config.json").write_text(json.dumps(FAMILIES[model.family].config_to_hf(model, "bfloat16", None)))
     (folder / "text.txt").write_text("Some text.")
     load_tokenizer("byte").save(str(folder / "tokenizer.json"))
