@@ -42,7 +42,10 @@ def run_command(name: str, body: Callable[[], int]) -> int:
         if folder is not None:
             note_whereabouts(folder, traceback.extract_tb(error.__traceback__))
         report_to_launcher(traceback.format_exc())
-        return 1
+        # At once: gloo's threads abort a process that unloads them while its group is in a collective.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
 
