@@ -15,8 +15,9 @@ from moe_trainer.checkpoint.documents import model_config_from_json
 from moe_trainer.checkpoint.hf_write import LazyTensor, write_hf
 from moe_trainer.checkpoint.manager import TENSORS, read_document
 from moe_trainer.checkpoint.sharded import stored_tensors
+from moe_trainer.config.choices import DType, Family
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DType, Family, LoraConfig
+from moe_trainer.config.schema import LoraConfig
 from moe_trainer.models.keymap import Piece
 from moe_trainer.models.lora import adapters_of, is_adapter, product_of
 from moe_trainer.models.registry import FAMILIES

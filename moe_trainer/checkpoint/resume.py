@@ -6,9 +6,10 @@ from typing import Any
 
 from moe_trainer.checkpoint.documents import model_config_from_json
 from moe_trainer.checkpoint.manager import read_document
+from moe_trainer.config.choices import Change
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.plain_yaml import read_leaves
-from moe_trainer.config.schema import Change, Config
+from moe_trainer.config.schema import Config
 from moe_trainer.config.store import to_yaml
 
 _NOT_OF_THE_MODEL = ("init_from", "initializer_range")

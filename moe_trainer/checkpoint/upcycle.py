@@ -11,8 +11,10 @@ import torch
 
 from moe_trainer.checkpoint.hf import HubFiles
 from moe_trainer.checkpoint.hf_write import LazyTensor, write_hf
+from moe_trainer.config.choices import DType
+from moe_trainer.config.commands import UpcycleConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DType, ModelConfig, UpcycleConfig
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.config.shape import check_model
 from moe_trainer.models.dense import sparse_config_of
 from moe_trainer.models.keymap import UNREAD, KeyMap, file_shapes

@@ -4,9 +4,10 @@ import sys
 from pathlib import Path
 
 from moe_trainer.cli.command import run_command
+from moe_trainer.config.choices import LoraExport
+from moe_trainer.config.commands import ExportConfig, InspectConfig, UpcycleConfig
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.keys import keys_help
-from moe_trainer.config.schema import ExportConfig, InspectConfig, LoraExport, UpcycleConfig
 from moe_trainer.config.store import compose
 from moe_trainer.config.training import check_upcycle
 from moe_trainer.config.validate import parse_size, validate_export, validate_inspect

@@ -7,10 +7,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from moe_trainer.cli.command import run_command
+from moe_trainer.config.commands import PrepareCommandConfig, VerifyDataConfig
 from moe_trainer.config.data import check_prepare, check_verify_data
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.keys import keys_help
-from moe_trainer.config.schema import PrepareCommandConfig, PrepareConfig, VerifyDataConfig
+from moe_trainer.config.schema import PrepareConfig
 from moe_trainer.config.store import compose
 
 _USAGE = """usage: moe-data prepare FILE... out=DIR [key=value ...]   write token shards

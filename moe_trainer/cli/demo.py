@@ -19,8 +19,10 @@ from moe_trainer.checkpoint.export import export_checkpoint
 from moe_trainer.checkpoint.manifest import read_commit
 from moe_trainer.cli.command import count_gpus, is_first_rank, run_command, world_size_from_env
 from moe_trainer.cli.launch import launch
+from moe_trainer.config.choices import DeviceName
+from moe_trainer.config.commands import ExportConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Config, DeviceName, ExportConfig
+from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import parse_size, resolve_device, validate, validate_generate
 from moe_trainer.data.tokenizer import encode_texts

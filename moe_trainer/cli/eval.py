@@ -13,10 +13,11 @@ from moe_trainer.cli.command import (
     world_size_from_env,
 )
 from moe_trainer.cli.launch import launch
+from moe_trainer.config.commands import EvaluateConfig
 from moe_trainer.config.data import check_data
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.keys import keys_help
-from moe_trainer.config.schema import Config, EvaluateConfig
+from moe_trainer.config.schema import Config
 from moe_trainer.config.shape import check_divisions
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate_evaluate, world_size_of

@@ -4,8 +4,8 @@ import sys
 
 from moe_trainer.cli.command import count_gpus, run_command, world_size_from_env
 from moe_trainer.cli.launch import launch
+from moe_trainer.config.commands import GenerateConfig
 from moe_trainer.config.keys import keys_help
-from moe_trainer.config.schema import GenerateConfig
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate_generate
 from moe_trainer.generate.prompts import read_prompts

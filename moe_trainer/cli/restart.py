@@ -6,7 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_trainer.cli.launch import Start
-from moe_trainer.config.schema import Config, DeviceName
+from moe_trainer.config.choices import DeviceName
+from moe_trainer.config.schema import Config
 from moe_trainer.config.validate import validate, world_size_of
 
 _DEVICES = "CUDA_VISIBLE_DEVICES"

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from moe_trainer.config.choices import MeshChoice
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import MeshChoice, ParallelConfig
+from moe_trainer.config.schema import ParallelConfig
 
 
 def largest_mesh(

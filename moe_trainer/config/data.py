@@ -4,8 +4,9 @@ import math
 from pathlib import Path
 
 from moe_trainer.config.checks import at_least, positive
+from moe_trainer.config.commands import PrepareCommandConfig, VerifyDataConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DataConfig, ModelConfig, PrepareCommandConfig, PrepareConfig, VerifyDataConfig
+from moe_trainer.config.schema import DataConfig, ModelConfig, PrepareConfig
 
 
 def check_data(data: DataConfig, model: ModelConfig) -> None:

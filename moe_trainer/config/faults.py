@@ -4,8 +4,9 @@ Nothing here imports torch.
 """
 
 from moe_trainer.config.checks import at_least, positive
+from moe_trainer.config.choices import MeshChoice
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Config, MeshChoice
+from moe_trainer.config.schema import Config
 
 
 def check_faults(cfg: Config) -> None:
@@ -23,3 +24,10 @@ def check_faults(cfg: Config) -> None:
         )
     if cfg.checks.replicas_every is not None:
         at_least("checks.replicas_every", cfg.checks.replicas_every, 1)
+    if cfg.checks.replay_every is not None:
+        at_least("checks.replay_every", cfg.checks.replay_every, 1)
+        if not cfg.deterministic:
+            raise ConfigError(
+                f"checks.replay_every={cfg.checks.replay_every} needs deterministic=true: without it the same step "
+                "may give other bits on sound machines"
+            )

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum
-from functools import reduce
+from functools import cache, reduce
 from typing import Any
 
 
@@ -62,6 +62,7 @@ def keys_help(cfg: Any) -> str:
     return "\n".join(lines)
 
 
+@cache
 def _field_docs(schema: type) -> dict[str, str]:
     body = ast.parse(textwrap.dedent(inspect.getsource(schema))).body[0]
     assert isinstance(body, ast.ClassDef)

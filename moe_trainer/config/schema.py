@@ -1,138 +1,28 @@
-"""What a run is made of: one dataclass for each node of a recipe.
+"""What a training run is made of: one dataclass for each node of a recipe.
 
 Nothing here imports torch, hydra or omegaconf. The text under a field is its documentation: `--help` prints it.
 `slots=True` makes a key that no class declares an error instead of a new attribute.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
 
-
-class Family(Enum):
-    """Model families, each a package under `moe_trainer/models/`."""
-
-    mixtral = "mixtral"
-    qwen3_moe = "qwen3_moe"
-    olmoe = "olmoe"
-    deepseek_v3 = "deepseek_v3"
-    gpt_oss = "gpt_oss"
-
-
-class RopeType(Enum):
-    """How rotary positions are stretched beyond the length of pretraining."""
-
-    default = "default"
-    linear = "linear"
-    yarn = "yarn"
-
-
-class DType(Enum):
-    """Floating-point types; `auto` is bfloat16 on CUDA and float32 on CPU."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float64 = "float64"
-
-
-class DeviceName(Enum):
-    """Where a run computes; `auto` is CUDA where there is a GPU."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class AuxScope(Enum):
-    """Over which tokens the load-balancing loss asks for an even load."""
-
-    micro_batch = "micro_batch"
-    sequence = "sequence"
-
-
-class LoraExport(Enum):
-    """How adapters are exported."""
-
-    merged = "merged"
-    adapter = "adapter"
-
-
-class OnSpike(Enum):
-    """What becomes of a step whose gradient norm spikes."""
-
-    clip = "clip"
-    skip = "skip"
-
-
-class Recompute(Enum):
-    """Which activations a layer computes again in the backward pass instead of keeping them."""
-
-    none = "none"
-    selective = "selective"
-    full = "full"
-
-
-class Dispatch(Enum):
-    """How tokens reach experts on other ranks under sequence and expert parallelism."""
-
-    auto = "auto"
-    all_to_all = "all_to_all"
-    all_gather = "all_gather"
-
-
-class ScheduleName(Enum):
-    """Shape of the learning rate after the warm-up."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-    wsd = "wsd"
-
-
-class Quantization(Enum):
-    """Types of the weights in generation."""
-
-    none = "none"
-    int8 = "int8"
-    fp8 = "fp8"
-
-
-class Packing(Enum):
-    """How documents share the samples of a length."""
-
-    documents = "documents"
-    concatenate = "concatenate"
-
-
-class OnFailure(Enum):
-    """What a run does when a checkpoint cannot be written."""
-
-    report = "report"
-    stop = "stop"
-
-
-class Change(Enum):
-    """What a run may not change on resume unless it is told to."""
-
-    model = "model"
-    tokenizer = "tokenizer"
-    data = "data"
-    seed = "seed"
-
-
-class MeshChoice(Enum):
-    """Who says the sizes of the mesh."""
-
-    declared = "declared"
-    auto = "auto"
-
-
-class WandbMode(Enum):
-    """Whether and how metrics go to Weights & Biases."""
-
-    disabled = "disabled"
-    offline = "offline"
-    online = "online"
+from moe_trainer.config.choices import (
+    AuxScope,
+    Change,
+    Compute,
+    DeviceName,
+    Dispatch,
+    DType,
+    Family,
+    MeshChoice,
+    OnFailure,
+    OnSpike,
+    Packing,
+    Recompute,
+    RopeType,
+    ScheduleName,
+    WandbMode,
+)
 
 
 @dataclass(slots=True)
@@ -302,8 +192,11 @@ class OptimConfig:
     """Patterns of what is not trained, such as `model.layers.*.mlp.gate` or `model.layers.*.mlp.experts`."""
     offload: bool = False
     """Keep AdamW's moments in host memory and bring them to the GPU in turn: less memory, a slower step."""
+    weights_dtype: DType = DType.auto
+    """Type of the stored weights: `auto` is float32 (float64 for float64); bfloat16, to which each update is rounded
+    at random, takes half of it, and so do the gradients. Norms, routers and adapters stay float32."""
     moments_dtype: DType = DType.auto
-    """Type of the moments: `auto` is that of the master weights; bfloat16, rounded at random, takes half of it."""
+    """Type of the moments: `auto` is float32 (float64 for float64); bfloat16, rounded at random, takes half of it."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global L2 norm."""
     max_grad_zscore: float | None = None
@@ -477,6 +370,9 @@ class ChecksConfig:
 
     replicas_every: int | None = None
     """Compare, after each so many steps, what several ranks hold of the same weights and moments, bit for bit."""
+    replay_every: int | None = None
+    """Take a step twice after each so many, and compare losses, layers and gradients bit for bit; needs
+    `deterministic`."""
 
 
 @dataclass(slots=True)
@@ -498,7 +394,10 @@ class Config:
     device: DeviceName = DeviceName.auto
     """Where to compute."""
     dtype: DType = DType.auto
-    """Type of the computation; master weights are float32 (float64 for float64)."""
+    """Type of the computation; for that of the weights see `optim.weights_dtype`."""
+    compute: Compute = Compute.dtype
+    """Products of the layers' linears and experts: `dtype` takes them in that type, `fp8` rounds both factors to e4m3
+    with a scale for each row (gradients of weights stay in `dtype`); Hopper or later."""
     deterministic: bool = False
     """Only algorithms that give the same bits every time, also on a GPU; slower there."""
     reduce_dtype: DType = DType.auto
@@ -532,137 +431,3 @@ class Config:
     """Write a torch profiler trace of some steps; see `profiler`."""
     profiler: ProfileConfig = field(default_factory=ProfileConfig)
     """Which steps and ranks."""
-
-
-@dataclass(slots=True)
-class EvaluateConfig:
-    """One evaluation (`moe-eval`)."""
-
-    checkpoint: str | None = None
-    """A checkpoint of ours, a run folder (its newest checkpoint) or a Hugging Face folder. Required."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """What to evaluate on: `path` (what a prepared folder holds out, or else all of it). Its tokenizer is the
-    checkpoint's."""
-    batches: int | None = None
-    """Global batches to evaluate, always the same ones; unset: each sample once."""
-    nproc: int | None = None
-    """Processes to start on this machine; default the product of the mesh sizes."""
-    device: DeviceName = DeviceName.auto
-    """Where to compute."""
-    dtype: DType = DType.auto
-    """Type of the computation; weights are kept in float32 (float64 for float64)."""
-    parallel: ParallelConfig = field(default_factory=ParallelConfig)
-    """Mesh sizes and flags."""
-
-
-@dataclass(slots=True)
-class GenerateParallelConfig:
-    """Ranks of `moe-generate`."""
-
-    tp: int = 1
-    """tp = ep = N ranks with the plan `tp_ep`."""
-
-
-@dataclass(slots=True)
-class GenerateConfig:
-    """One generation (`moe-generate`)."""
-
-    checkpoint: str | None = None
-    """A checkpoint of ours, a run folder (its newest checkpoint) or a Hugging Face folder. Required."""
-    prompt: str | None = None
-    """Text to continue. This or `prompts` is required."""
-    max_new_tokens: int = 256
-    """Tokens to add at most, to each prompt."""
-    prompts: str | None = None
-    """A file of prompts, one a line; in a .jsonl file each line is an object with the text under `prompt`."""
-    batch_size: int = 8
-    """Prompts of a file that are continued together."""
-    output: str | None = None
-    """A new .jsonl file for the results, an object with prompt and continuation a line. Unset: they are printed."""
-    temperature: float | None = None
-    """0 is greedy; otherwise the logits are divided by it before sampling. Unset: as generation_config.json of a
-    Hugging Face folder says, else greedy."""
-    top_k: int | None = None
-    """Sample among this many likeliest tokens. Unset: as that file says, else among all."""
-    top_p: float | None = None
-    """Sample among the likeliest tokens that together have this probability. Unset: as that file says, else 1."""
-    seed: int = 0
-    """Seed of the sampling; the prompts of a file take this one, the next, and so on."""
-    quantization: Quantization = Quantization.none
-    """Linear and expert weights in 8 bits: `int8` (weights alone) or `fp8` (activations too)."""
-    device: DeviceName = DeviceName.auto
-    """Where to compute."""
-    dtype: DType = DType.auto
-    """Type of the computation."""
-    parallel: GenerateParallelConfig = field(default_factory=GenerateParallelConfig)
-    """Ranks."""
-    cuda_graph: bool = True
-    """On a GPU, record the step over one token once and replay it, which spares most of the launches' time."""
-
-
-@dataclass(slots=True)
-class ExportConfig:
-    """`moe-checkpoint export`."""
-
-    checkpoint: str | None = None
-    """A checkpoint of ours, or a run folder (its newest checkpoint). Required."""
-    out: str | None = None
-    """Folder to write, which must not exist yet. Required."""
-    max_shard_size: str = "5GB"
-    """Largest safetensors file (decimal units: KB, MB, GB); one file if all fits."""
-    workers: int | None = None
-    """Files written at the same time, each a tensor at a time; unset: as many as processors, at most 4."""
-    dtype: DType = DType.float32
-    """Type of the written weights; float32 keeps the master weights bit for bit."""
-    lora: LoraExport = LoraExport.merged
-    """Of a run with adapters: the weights with them, or the `adapter` alone, for PEFT."""
-
-
-@dataclass(slots=True)
-class UpcycleConfig:
-    """`moe-checkpoint upcycle`: a mixture of experts from a dense Hugging Face model."""
-
-    model: str | None = None
-    """Hugging Face folder of a dense model: llama or mistral (they become mixtral) or qwen3 (qwen3_moe). Required."""
-    out: str | None = None
-    """Folder to write, which must not exist yet. Required."""
-    num_experts: int = 8
-    """Experts of each layer, each a copy of the layer's MLP."""
-    top_k: int = 2
-    """Experts that each token goes to."""
-    noise: float = 0.0
-    """Deviation of the noise added to each expert's weights, as a share of the weights' own; 0: equal copies."""
-    drop: float = 0.0
-    """Share of the intermediate dims that each expert draws anew."""
-    seed: int = 0
-    """Of routers, noise and dropped dims."""
-    max_shard_size: str = "5GB"
-    """Largest safetensors file (decimal units: KB, MB, GB); one file if all fits."""
-    workers: int | None = None
-    """Files written at the same time, each a tensor at a time; unset: as many as processors, at most 4."""
-    dtype: DType = DType.auto
-    """Type of the written weights; auto keeps the dense model's."""
-
-
-@dataclass(slots=True)
-class InspectConfig:
-    """`moe-checkpoint inspect` and `moe-checkpoint verify`."""
-
-    checkpoint: str | None = None
-    """A checkpoint of ours, or a run folder (its newest checkpoint). Required."""
-
-
-@dataclass(slots=True)
-class PrepareCommandConfig(PrepareConfig):
-    """`moe-data prepare`."""
-
-    out: str | None = None
-    """Folder to write. Required."""
-
-
-@dataclass(slots=True)
-class VerifyDataConfig:
-    """`moe-data verify`."""
-
-    path: str | None = None
-    """A prepared folder. Required."""

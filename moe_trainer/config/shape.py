@@ -6,8 +6,9 @@ Nothing here imports torch.
 from pathlib import Path
 
 from moe_trainer.config.checks import at_least, divides, positive
+from moe_trainer.config.choices import Family
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Family, ModelConfig, ParallelConfig, RopeConfig
+from moe_trainer.config.schema import ModelConfig, ParallelConfig, RopeConfig
 
 _FAMILIES_WITH = {
     "dense_layers": (Family.qwen3_moe, Family.deepseek_v3),

@@ -21,10 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.keys import Key, keys_of
-from moe_trainer.config.schema import (
-    Config,
+from moe_trainer.config.commands import (
     EvaluateConfig,
     ExportConfig,
     GenerateConfig,
@@ -33,6 +30,9 @@ from moe_trainer.config.schema import (
     UpcycleConfig,
     VerifyDataConfig,
 )
+from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.keys import Key, keys_of
+from moe_trainer.config.schema import Config
 
 SCHEMAS: dict[str, type] = {
     "train": Config,

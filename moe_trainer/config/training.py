@@ -6,23 +6,32 @@ Nothing here imports torch.
 from pathlib import Path
 
 from moe_trainer.config.checks import at_least, positive
+from moe_trainer.config.choices import Compute, DType
+from moe_trainer.config.commands import UpcycleConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import (
-    Config,
-    EvalConfig,
-    LoraConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    UpcycleConfig,
-)
+from moe_trainer.config.schema import Config, EvalConfig, LoraConfig, ModelConfig, OptimConfig, ParallelConfig
 
 
 def check_training(cfg: Config, parallel: ParallelConfig) -> None:
     """`parallel`: the resolved mesh. Raises `ConfigError` for the first rule that is broken."""
+    _check_compute(cfg, parallel)
     check_eval(cfg.eval)
     check_spikes(cfg.optim)
     check_lora(cfg.lora, cfg.model, parallel)
+
+
+def _check_compute(cfg: Config, parallel: ParallelConfig) -> None:
+    """What row-wise scaled products take."""
+    if cfg.compute is not Compute.fp8:
+        return
+    if cfg.dtype not in (DType.auto, DType.bfloat16):
+        raise ConfigError(f"compute=fp8 goes with dtype=bfloat16, not dtype={cfg.dtype.value}")
+    split = 1 if parallel.expert_parallel else parallel.tp
+    for name, width in (("hidden_size", cfg.model.hidden_size), ("intermediate_size", cfg.model.intermediate_size)):
+        ranks = split if name == "intermediate_size" else 1
+        if width // ranks % 16:
+            share = f"model.{name}={width}" + (f" over parallel.tp={ranks}" if ranks > 1 else "")
+            raise ConfigError(f"compute=fp8: {share} must give each rank a multiple of 16; use compute=dtype")
 
 
 def check_eval(evaluation: EvalConfig) -> None:

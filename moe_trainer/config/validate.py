@@ -13,24 +13,13 @@ from pathlib import Path
 
 from moe_trainer.config.auto_mesh import largest_mesh
 from moe_trainer.config.checks import at_least, positive
+from moe_trainer.config.choices import DeviceName, DType, MeshChoice
+from moe_trainer.config.commands import EvaluateConfig, ExportConfig, GenerateConfig, InspectConfig
 from moe_trainer.config.data import check_data, check_file
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.faults import check_faults
 from moe_trainer.config.observe import check_logging, check_profiler
-from moe_trainer.config.schema import (
-    Config,
-    DataConfig,
-    DeviceName,
-    DType,
-    EvaluateConfig,
-    ExportConfig,
-    GenerateConfig,
-    InspectConfig,
-    MeshChoice,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-)
+from moe_trainer.config.schema import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
 from moe_trainer.config.shape import check_divisions, check_model
 from moe_trainer.config.training import check_training
 
@@ -262,8 +251,9 @@ def _check_run(cfg: Config) -> None:
             at_least(key, value, 1)
     if cfg.max_minutes is not None and not 0 < cfg.max_minutes < math.inf:
         raise ConfigError(f"max_minutes={cfg.max_minutes} must be above 0")
-    if cfg.dtype is DType.float64 and cfg.optim.moments_dtype is DType.bfloat16:
-        raise ConfigError("optim.moments_dtype=bfloat16 does not go with dtype=float64: leave it auto")
+    for name in ("weights_dtype", "moments_dtype"):
+        if cfg.dtype is DType.float64 and getattr(cfg.optim, name) is DType.bfloat16:
+            raise ConfigError(f"optim.{name}=bfloat16 does not go with dtype=float64: leave it auto")
     both = cfg.dtype is not DType.auto and cfg.reduce_dtype is not DType.auto
     if both and _WIDTH[cfg.reduce_dtype] < _WIDTH[cfg.dtype]:
         raise ConfigError(f"reduce_dtype={cfg.reduce_dtype.value} must not be narrower than dtype={cfg.dtype.value}")
@@ -274,8 +264,10 @@ def _check_optim(optim: OptimConfig, steps: int) -> None:
         positive(f"optim.{name}", getattr(optim, name))
     if not optim.max_grad_norm > 0:
         raise ConfigError(f"optim.max_grad_norm={optim.max_grad_norm} must be above 0 (.inf never clips)")
-    if optim.moments_dtype not in (DType.auto, DType.bfloat16):
-        raise ConfigError(f"optim.moments_dtype={optim.moments_dtype.value} must be auto or bfloat16")
+    for name in ("weights_dtype", "moments_dtype"):
+        chosen = getattr(optim, name)
+        if chosen not in (DType.auto, DType.bfloat16):
+            raise ConfigError(f"optim.{name}={chosen.value} must be auto or bfloat16")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             raise ConfigError(f"optim.{name}={getattr(optim, name)} must be at least 0 and below 1")

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
+from moe_trainer.config.choices import DeviceName
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Config, DataConfig, DeviceName
+from moe_trainer.config.schema import Config, DataConfig
 from moe_trainer.data.loader import Loader
 from moe_trainer.data.packing import Samples
 from moe_trainer.data.shards import (

@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from moe_trainer.config.commands import GenerateConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import GenerateConfig, ParallelConfig
+from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.config.shape import check_divisions
 from moe_trainer.generate.decoding import generate
 from moe_trainer.generate.prompts import Prompt, read_prompts

@@ -4,8 +4,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from moe_trainer.config.commands import GenerateConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import GenerateConfig
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
-from moe_trainer.config.schema import Quantization
+from moe_trainer.config.choices import Quantization
 from moe_trainer.kernels.quantize import Quantized, quantize, quantized_grouped_linear, quantized_linear
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.linear import Linear

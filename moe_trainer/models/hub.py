@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe_trainer.config.choices import Family, RopeType
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Family, ModelConfig, RopeConfig, RopeType
+from moe_trainer.config.schema import ModelConfig, RopeConfig
 from moe_trainer.models.keymap import Piece
 
 Pieces = dict[str, list[Piece]]

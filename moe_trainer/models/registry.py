@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.config.choices import Family
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.deepseek_v3 import hf as deepseek_v3_hf
 from moe_trainer.models.deepseek_v3 import plan as deepseek_v3_plan

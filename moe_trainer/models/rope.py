@@ -5,7 +5,8 @@ from typing import NamedTuple
 
 import torch
 
-from moe_trainer.config.schema import RopeConfig, RopeType
+from moe_trainer.config.choices import RopeType
+from moe_trainer.config.schema import RopeConfig
 from moe_trainer.kernels import rope as kernels
 
 

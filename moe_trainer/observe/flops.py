@@ -2,7 +2,8 @@
 
 import re
 
-from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.config.choices import Family
+from moe_trainer.config.schema import ModelConfig
 
 _DENSE_BF16_PEAKS = (
     # Words that must all be in the device's name; the first match counts. FLOP/s without sparsity, from data sheets.

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from moe_trainer.config.schema import OptimConfig, ScheduleName
+from moe_trainer.config.choices import ScheduleName
+from moe_trainer.config.schema import OptimConfig
 
 
 def learning_rate(step: int, optim: OptimConfig, schedule_steps: int) -> float:

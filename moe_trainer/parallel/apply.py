@@ -7,7 +7,8 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Shard
 
-from moe_trainer.config.schema import Dispatch, LoraConfig, ModelConfig, ParallelConfig
+from moe_trainer.config.choices import Dispatch
+from moe_trainer.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.lora import add_adapters
 from moe_trainer.models.moe import SparseMoeBlock

@@ -3,9 +3,10 @@
 from torch import nn
 from torch.distributed.tensor import DTensor, Placement
 
+from moe_trainer.config.choices import Family
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.patterns import matches
-from moe_trainer.config.schema import Family, ParallelConfig
+from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.plans import ParallelPlans, Plan

@@ -15,7 +15,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
-from moe_trainer.config.schema import Dispatch
+from moe_trainer.config.choices import Dispatch
 from moe_trainer.kernels.experts import Exchange
 from moe_trainer.kernels.permute import Routes, sort_by_expert
 from moe_trainer.models.linear import Embedding, Linear

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.distributed import ProcessGroup
 
-from moe_trainer.config.schema import AuxScope
+from moe_trainer.config.choices import AuxScope
 from moe_trainer.kernels.permute import tokens_per_expert
 from moe_trainer.models.decoder import ModelOutput
 from moe_trainer.models.router import Routing

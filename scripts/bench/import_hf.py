@@ -31,7 +31,8 @@ from moe_trainer.checkpoint.export import export_checkpoint
 from moe_trainer.checkpoint.hf import load_hf
 from moe_trainer.checkpoint.hf_write import LazyTensor, write_hf
 from moe_trainer.checkpoint.manager import CheckpointManager
-from moe_trainer.config.schema import DType, Family, ModelConfig, ParallelConfig
+from moe_trainer.config.choices import DType, Family
+from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
 from moe_trainer.models.keymap import file_shapes
 from moe_trainer.models.registry import FAMILIES

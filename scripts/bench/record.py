@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moe_trainer.config.schema import DeviceName
+from moe_trainer.config.choices import DeviceName
 
 
 def record(bench: str, row: dict[str, object], heading: bool = True) -> None:

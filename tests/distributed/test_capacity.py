@@ -5,7 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from moe_trainer.config.schema import Dispatch, ParallelConfig, Recompute
+from moe_trainer.config.choices import Dispatch, Recompute
+from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.models.decoder import CausalLM
 from tests.distributed.reference import MODEL, PLANS, Case, batches, check, mesh, plain_model, plain_outcome
 from tests.distributed.test_families import MODELS

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_trainer.config.schema import Dispatch, ParallelConfig
+from moe_trainer.config.choices import Dispatch
+from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.kernels.experts import Exchange, exchanged
 from moe_trainer.kernels.permute import Routes
 from moe_trainer.models.attention import Attention

@@ -11,8 +11,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe_trainer.config.choices import AuxScope, Family, RopeType
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import AuxScope, Family, ModelConfig, ParallelConfig, RopeConfig, RopeType
+from moe_trainer.config.schema import ModelConfig, ParallelConfig, RopeConfig
 from moe_trainer.config.shape import check_divisions
 from moe_trainer.kernels.grouped_gemm import grouped_gemm_supported
 from moe_trainer.models.router import Router, Routing

@@ -13,8 +13,10 @@ from torch.distributed import ProcessGroup
 
 from moe_trainer.checkpoint.documents import model_config_to_json
 from moe_trainer.checkpoint.manager import CheckpointManager
+from moe_trainer.config.choices import DeviceName
+from moe_trainer.config.commands import GenerateConfig, GenerateParallelConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DeviceName, GenerateConfig, GenerateParallelConfig, ModelConfig, ParallelConfig
+from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
 from moe_trainer.generate.decoding import generate
 from moe_trainer.generate.main import Continuation, _load_model, continue_prompt, continue_prompts, run_generation

@@ -11,17 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_trainer.config.schema import (
-    Config,
-    DataConfig,
-    DeviceName,
-    DType,
-    Family,
-    LoggingConfig,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-)
+from moe_trainer.config.choices import DeviceName, DType, Family
+from moe_trainer.config.schema import Config, DataConfig, LoggingConfig, ModelConfig, OptimConfig, ParallelConfig
 from moe_trainer.config.validate import world_size_of
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.models.router import Router, Routing

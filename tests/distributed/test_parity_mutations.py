@@ -9,7 +9,8 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import Replicate
 
-from moe_trainer.config.schema import Dispatch, ParallelConfig
+from moe_trainer.config.choices import Dispatch
+from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.models.moe import Experts
 from moe_trainer.parallel import clip, collectives, styles
 from moe_trainer.parallel.styles import STYLES, LeafStyle, ModuleStyle

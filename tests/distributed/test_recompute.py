@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_trainer.config.schema import Dispatch, Family, Recompute
+from moe_trainer.config.choices import Dispatch, Family, Recompute
 from moe_trainer.models.router import Router
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train import recompute as module

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from moe_trainer.cli.demo import DemoFailed, Story, tell_story
-from moe_trainer.config.schema import DeviceName, GenerateConfig, Quantization
+from moe_trainer.config.choices import DeviceName, Quantization
+from moe_trainer.config.commands import GenerateConfig
 from moe_trainer.config.store import compose
 from moe_trainer.generate.main import continue_prompt
 from moe_trainer.observe.sinks import read_metrics

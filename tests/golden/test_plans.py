@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_trainer.config.schema import Family
+from moe_trainer.config.choices import Family
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
 from moe_trainer.train.plan_report import plan_table

@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_trainer.config.schema import DeviceName, Family, GenerateConfig, Quantization
+from moe_trainer.config.choices import DeviceName, Family, Quantization
+from moe_trainer.config.commands import GenerateConfig
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
 from moe_trainer.generate.main import continue_prompt

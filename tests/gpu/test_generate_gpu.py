@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from moe_trainer.config.schema import Family, ModelConfig, ParallelConfig, Quantization
+from moe_trainer.config.choices import Family, Quantization
+from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.generate import decoding
 from moe_trainer.generate.decoding import DecodeStep, generate
 from moe_trainer.generate.quantization import quantize_model

@@ -5,8 +5,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from moe_trainer.config.choices import Family
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.models.hub import (
     HubConfig,
     check_architecture,

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from moe_trainer.config.schema import ModelConfig, RopeType
+from moe_trainer.config.choices import RopeType
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.models.attention import KVCache, attend, attend_documents
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
 from moe_trainer.models.documents import Documents

@@ -4,7 +4,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.config.choices import Family
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.models import hub
 from moe_trainer.models.keymap import KeyMap
 

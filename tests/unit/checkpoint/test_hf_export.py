@@ -15,8 +15,9 @@ from moe_trainer.checkpoint.export import export_checkpoint
 from moe_trainer.checkpoint.hf import load_hf
 from moe_trainer.checkpoint.inspect import describe
 from moe_trainer.checkpoint.manager import CheckpointManager
+from moe_trainer.config.choices import DType
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DType, ModelConfig
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
 from moe_trainer.models.mixtral import hf as mixtral
 

@@ -23,8 +23,9 @@ from transformers import (
 from moe_trainer.checkpoint.documents import model_config_to_json
 from moe_trainer.checkpoint.export import export_checkpoint
 from moe_trainer.checkpoint.manager import CheckpointManager
+from moe_trainer.config.choices import DType
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DType, ModelConfig
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
 from tests.unit.models.against_transformers import assert_same_as, from_folder, randomize, tensors_of
 from tests.unit.models.test_deepseek_v3 import theirs as deepseek_v3

@@ -12,8 +12,9 @@ from moe_trainer.checkpoint.documents import model_config_to_json
 from moe_trainer.checkpoint.export import export_checkpoint
 from moe_trainer.checkpoint.lora import LORA, export_adapter, lora_to_json
 from moe_trainer.checkpoint.manager import CheckpointManager
+from moe_trainer.config.choices import DType, Family
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DType, Family, LoraConfig, ModelConfig
+from moe_trainer.config.schema import LoraConfig, ModelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.lora import add_adapters, is_adapter

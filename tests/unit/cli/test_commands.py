@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from moe_trainer.cli import checkpoint, generate, train
-from moe_trainer.config.schema import Config, DeviceName, ModelConfig
+from moe_trainer.config.choices import DeviceName
+from moe_trainer.config.schema import Config, ModelConfig
 from moe_trainer.models.mixtral.hf import hf_config
 
 ROOT = Path(__file__).parents[3]

@@ -6,9 +6,10 @@ import random
 import pytest
 
 from moe_trainer.config import store
+from moe_trainer.config.choices import ScheduleName
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.keys import keys_of
-from moe_trainer.config.schema import Config, ScheduleName
+from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose, recipes, refuse_resolvers, to_yaml
 
 NASTY = [

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from moe_trainer.config.commands import PrepareCommandConfig, VerifyDataConfig
 from moe_trainer.config.data import check_data, check_prepare, check_verify_data, will_prepare
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DataConfig, ModelConfig, PrepareCommandConfig, PrepareConfig, VerifyDataConfig
+from moe_trainer.config.schema import DataConfig, ModelConfig, PrepareConfig
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
+from moe_trainer.config.choices import DeviceName, DType
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import (
     Config,
     DataConfig,
-    DeviceName,
     EvalConfig,
     LoraConfig,
     ModelConfig,
@@ -28,6 +28,18 @@ BASE = Config(data=DataConfig(text="x"), device=DeviceName.cpu)
         ({"eval": EvalConfig(batches=0)}, "eval.batches=0 must be at least 1"),
         ({"optim": OptimConfig(max_grad_zscore=0.0)}, "optim.max_grad_zscore=0.0 must be above 0"),
         ({"optim": OptimConfig(max_skipped_steps=0)}, "optim.max_skipped_steps=0 must be at least 1"),
+        (
+            {"optim": OptimConfig(weights_dtype=DType.float64)},
+            "optim.weights_dtype=float64 must be auto or bfloat16",
+        ),
+        (
+            {"optim": OptimConfig(moments_dtype=DType.float32)},
+            "optim.moments_dtype=float32 must be auto or bfloat16",
+        ),
+        (
+            {"optim": OptimConfig(weights_dtype=DType.bfloat16), "dtype": DType.float64},
+            "optim.weights_dtype=bfloat16 does not go with dtype=float64",
+        ),
         ({"lora": LoraConfig(rank=0)}, "lora.rank=0 must be at least 1"),
         ({"lora": LoraConfig(rank=2, alpha=0.0)}, "lora.alpha=0.0 must be above 0"),
         ({"lora": LoraConfig(rank=2, targets=[])}, "lora.targets is empty; name the layers"),

@@ -7,18 +7,10 @@ from typing import Any
 
 import pytest
 
+from moe_trainer.config.choices import DeviceName, DType, Family
+from moe_trainer.config.commands import ExportConfig, GenerateConfig, GenerateParallelConfig, InspectConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import (
-    Config,
-    DeviceName,
-    DType,
-    ExportConfig,
-    Family,
-    GenerateConfig,
-    GenerateParallelConfig,
-    InspectConfig,
-    ParallelConfig,
-)
+from moe_trainer.config.schema import Config, ParallelConfig
 from moe_trainer.config.validate import (
     parse_size,
     resolve_device,

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from moe_trainer.config.schema import Packing
+from moe_trainer.config.choices import Packing
 from moe_trainer.data.packing import Samples
 from moe_trainer.data.shards import Encoded, Shard
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_trainer.config.choices import Packing
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Config, DataConfig, ModelConfig, Packing, PrepareConfig
+from moe_trainer.config.schema import Config, DataConfig, ModelConfig, PrepareConfig
 from moe_trainer.data.build import build_loader, build_validation_loader
 from moe_trainer.data.prepare import prepare
 from moe_trainer.data.tokenizer import load_tokenizer, train_tokenizer

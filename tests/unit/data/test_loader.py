@@ -3,8 +3,8 @@ import random
 import pytest
 import torch
 
+from moe_trainer.config.choices import Packing
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Packing
 from moe_trainer.data.loader import Loader
 from moe_trainer.data.packing import Samples
 from tests.unit.data.corpora import counting, numbered

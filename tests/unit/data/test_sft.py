@@ -10,7 +10,8 @@ from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from moe_trainer.cli import checkpoint, train
 from moe_trainer.cli import eval as evaluation
-from moe_trainer.config.schema import Packing, PrepareConfig
+from moe_trainer.config.choices import Packing
+from moe_trainer.config.schema import PrepareConfig
 from moe_trainer.data.loader import Loader
 from moe_trainer.data.packing import Samples
 from moe_trainer.data.prepare import prepare

@@ -9,7 +9,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-from moe_trainer.config.schema import Family, ModelConfig, Quantization, RopeConfig, RopeType
+from moe_trainer.config.choices import Family, Quantization, RopeType
+from moe_trainer.config.schema import ModelConfig, RopeConfig
 from moe_trainer.generate import decoding
 from moe_trainer.generate.decoding import DecodeStep, _chooser, generate, pad_left
 from moe_trainer.generate.quantization import quantize_model

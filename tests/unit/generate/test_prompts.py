@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from moe_trainer.cli import generate
+from moe_trainer.config.commands import GenerateConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import GenerateConfig
 from moe_trainer.config.validate import validate_generate
 from moe_trainer.generate.prompts import Prompt, read_prompts
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_trainer.config.schema import Family, Quantization
+from moe_trainer.config.choices import Family, Quantization
 from moe_trainer.config.store import compose
 from moe_trainer.generate.quantization import quantize_model
 from moe_trainer.kernels.quantize import quantize, quantized_grouped_linear, quantized_linear

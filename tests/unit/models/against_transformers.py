@@ -12,7 +12,8 @@ from moe_trainer.checkpoint.documents import model_config_to_json
 from moe_trainer.checkpoint.export import export_checkpoint
 from moe_trainer.checkpoint.hf import load_hf
 from moe_trainer.checkpoint.manager import CheckpointManager
-from moe_trainer.config.schema import DType, ModelConfig
+from moe_trainer.config.choices import DType
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
 from moe_trainer.generate.decoding import generate
 from moe_trainer.models.decoder import CausalLM

@@ -9,8 +9,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
+from moe_trainer.config.choices import Family
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.models.deepseek_v3.hf import hf_config, model_config_from_hf
 from tests.unit.models.against_transformers import assert_same_as, from_folder, randomize
 

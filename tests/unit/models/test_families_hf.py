@@ -15,8 +15,8 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from moe_trainer.config.choices import Family, RopeType
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Family, RopeType
 from moe_trainer.models import hub
 from tests.unit.models.against_transformers import SEQ, assert_same_as, randomize
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral
 
-from moe_trainer.config.schema import AuxScope
+from moe_trainer.config.choices import AuxScope
 from moe_trainer.models.decoder import ModelOutput
 from moe_trainer.models.moe import Experts, SparseMoeBlock
 from moe_trainer.models.router import Router, Routing

@@ -4,7 +4,8 @@ import pytest
 import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from moe_trainer.config.schema import Family, ModelConfig
+from moe_trainer.config.choices import Family
+from moe_trainer.config.schema import ModelConfig
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.observe.flops import flops_per_token, num_parameters, peak_flops
 

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe_trainer.config.choices import DeviceName, WandbMode
 from moe_trainer.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
-    DeviceName,
     LoggingConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
     ProfileConfig,
-    WandbMode,
 )
 from moe_trainer.observe.report import load_run
 from moe_trainer.observe.sinks import read_metrics

@@ -10,7 +10,8 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from moe_trainer.config.schema import Config, WandbMode
+from moe_trainer.config.choices import WandbMode
+from moe_trainer.config.schema import Config
 from moe_trainer.observe import metrics as metrics_module
 from moe_trainer.observe import sinks
 from moe_trainer.observe.metrics import MetricsLog

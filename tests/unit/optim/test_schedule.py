@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from moe_trainer.config.schema import OptimConfig, ScheduleName
+from moe_trainer.config.choices import ScheduleName
+from moe_trainer.config.schema import OptimConfig
 from moe_trainer.optim.schedule import learning_rate, set_learning_rate
 
 LR = 3e-3

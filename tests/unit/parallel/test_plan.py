@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from moe_trainer.config.choices import Family
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Family, ModelConfig, ParallelConfig
+from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.models.mixtral.model import build_mixtral
 from moe_trainer.models.mixtral.plan import PLANS
 from moe_trainer.models.registry import FAMILIES
