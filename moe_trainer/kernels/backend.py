@@ -8,5 +8,13 @@ import torch
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether a kernel of ours computes for this tensor: on CUDA, in bfloat16 or float32, unless the environment has
     MOE_TRAINER_KERNELS=reference; then PyTorch computes the same formulas."""
-    is_taken = x.is_cuda and x.dtype in (torch.bfloat16, torch.float32)
-    return is_taken and os.environ.get("MOE_TRAINER_KERNELS") != "reference"
+    return x.dtype in (torch.bfloat16, torch.float32) and _is_on(x)
+
+
+def has_sort(index: torch.Tensor) -> bool:
+    """Whether a kernel of ours sorts these numbers of experts."""
+    return index.dtype is torch.int64 and _is_on(index)
+
+
+def _is_on(x: torch.Tensor) -> bool:
+    return x.is_cuda and os.environ.get("MOE_TRAINER_KERNELS") != "reference"

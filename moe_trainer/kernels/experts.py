@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_trainer.kernels.backend import has_kernel
-from moe_trainer.kernels.grouped_gemm import multiply, outer
+from moe_trainer.kernels.grouped_gemm import Multiply, outer
 from moe_trainer.kernels.permute import Routes, gather_rows, sum_pairs
 
 Product = Callable[[torch.Tensor, str, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -42,6 +42,7 @@ def swiglu_experts(
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
     product: Product,
+    multiply: Multiply,
     exchange: Exchange | None = None,
 ) -> torch.Tensor:
     """`sum_k weight_k * down(silu(gate(x)) * up(x))` over each token's experts: [tokens, hidden] -> the same.
@@ -52,11 +53,12 @@ def swiglu_experts(
         routes: of the tokens to the experts given; pairs of other experts add nothing.
         gate_up_proj: [experts, 2, intermediate, hidden].
         down_proj: [experts, hidden, intermediate].
-        product: multiplies in the forward pass; the backward pass needs weights as they are.
+        product: multiplies in the forward pass.
+        multiply: multiplies gradients with the weights, in the backward pass, which needs them as they are.
         exchange: begun with `x`: all but `x` and its gradient are then about the tokens of all ranks. The backward
             pass gathers them again beside its first product, and sums their gradients beside its last.
     """
-    return _SwigluExperts.apply(x, top_k_weights, routes, gate_up_proj, down_proj, product, exchange)
+    return _SwigluExperts.apply(x, top_k_weights, routes, gate_up_proj, down_proj, product, multiply, exchange)
 
 
 class _SwigluExperts(torch.autograd.Function):
@@ -69,13 +71,14 @@ class _SwigluExperts(torch.autograd.Function):
         gate_up_proj: torch.Tensor,
         down_proj: torch.Tensor,
         product: Product,
+        multiply: Multiply,
         exchange: Exchange | None,
     ) -> torch.Tensor:
         tokens = x if exchange is None else exchange.tokens()
         gate_up = product(gather_rows(tokens, routes), "gate_up_proj", gate_up_proj, routes.offsets)
         top_k_weights = top_k_weights.contiguous()
         ctx.save_for_backward(x, top_k_weights, gate_up, gate_up_proj, down_proj)
-        ctx.routes, ctx.exchange = routes, exchange
+        ctx.routes, ctx.multiply, ctx.exchange = routes, multiply, exchange
         rows = product(swiglu(gate_up, top_k_weights, routes), "down_proj", down_proj, routes.offsets)
         return sum_pairs(rows, routes)
 
@@ -88,12 +91,12 @@ class _SwigluExperts(torch.autograd.Function):
         if exchange is not None and ctx.needs_input_grad[3]:
             exchange.start(x)
         grad_out = gather_rows(grad, routes)  # [rows, hidden]
-        grad_activated = multiply(grad_out, down_proj, offsets)
+        grad_activated = ctx.multiply(grad_out, down_proj, offsets)
         grad_gate_up, activated, grad_weights = swiglu_backward(gate_up, grad_activated, top_k_weights, routes)
         # A frozen weight needs no gradient.
         grad_down = outer(grad_out, activated, offsets) if ctx.needs_input_grad[4] else None
         del grad_out, grad_activated, activated
-        grad_rows = multiply(grad_gate_up, gate_up_proj.flatten(1, 2), offsets)
+        grad_rows = ctx.multiply(grad_gate_up, gate_up_proj.flatten(1, 2), offsets)
         grad_x = sum_pairs(grad_rows, routes)
         del grad_rows
         grad_gate_up_proj = None
@@ -104,7 +107,7 @@ class _SwigluExperts(torch.autograd.Function):
             grad_gate_up_proj = outer(grad_gate_up, gather_rows(tokens, routes), offsets).view_as(gate_up_proj)
         if exchange is not None:
             grad_x = exchange.sum()
-        return grad_x, grad_weights, None, grad_gate_up_proj, grad_down, None, None
+        return grad_x, grad_weights, None, grad_gate_up_proj, grad_down, None, None, None
 
 
 def exchanged(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:

@@ -1,8 +1,13 @@
 """One matrix product for each expert, over rows sorted by expert."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
-from torch.autograd.function import FunctionCtx
+
+Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(rows [rows, a], weight [num_experts, a, b], offsets) -> [rows, b], without autograd; such as `multiply`."""
 
 
 def grouped_gemm_supported(dtype: torch.dtype, *widths: int) -> bool:
@@ -14,35 +19,41 @@ def grouped_gemm_supported(dtype: torch.dtype, *widths: int) -> bool:
     return dtype in (torch.bfloat16, torch.float32) and all(width * dtype.itemsize % 16 == 0 for width in widths)
 
 
-def grouped_linear(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def grouped_linear(
+    rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, product: Multiply | None = None
+) -> torch.Tensor:
     """`rows @ weight[e].T` for the rows of each expert e.
 
     Args:
         rows: [rows, in], sorted by expert.
         weight: [num_experts, out, in].
         offsets: [num_experts] int32, the end of each expert's rows; equal ends mean an expert without rows.
+        product: takes the products with the weight, forward and backward; None: `multiply`.
 
     Returns:
         [rows, out]. Rows at and past `offsets[-1]` belong to no expert: their values are undefined, and so are those
         of their gradient. The weight's gradient is always dense, zero for an expert without rows: a rank that
         receives no token still takes part in the gradient's reduction.
     """
-    return _GroupedLinear.apply(rows, weight, offsets)
+    return _GroupedLinear.apply(rows, weight, offsets, product or multiply)
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, product: Multiply
+    ) -> torch.Tensor:
         ctx.save_for_backward(rows, weight, offsets)
-        return multiply(rows, weight.transpose(-2, -1), offsets)
+        ctx.product = product
+        return product(rows, weight.transpose(-2, -1), offsets)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, offsets = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_rows = multiply(grad, weight, offsets) if ctx.needs_input_grad[0] else None
+        grad_rows = ctx.product(grad, weight, offsets) if ctx.needs_input_grad[0] else None
         grad_weight = outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None
-        return grad_rows, grad_weight, None
+        return grad_rows, grad_weight, None, None
 
 
 def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

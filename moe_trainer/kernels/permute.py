@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from moe_trainer.kernels.backend import has_kernel
+from moe_trainer.kernels.backend import has_kernel, has_sort
 
 
 class Routes(NamedTuple):
@@ -58,17 +58,23 @@ def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Routes:
     Args:
         top_k_index: [tokens, top_k]; from `num_experts` on the expert is not here, and its pairs come last.
     """
-    # Narrow keys: a radix sort passes over them a byte at a time.
-    experts, order = top_k_index.flatten().short().sort(stable=True)
+    if has_sort(top_k_index):
+        from moe_trainer.kernels.gpu import sort as gpu
+
+        return Routes(*gpu.sort(top_k_index.flatten(), num_experts), top_k_index.shape[1])
+    experts, order = top_k_index.flatten().sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
-    numbers = torch.arange(num_experts, device=order.device, dtype=experts.dtype)
+    numbers = torch.arange(num_experts, device=order.device)
     offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)
     return Routes(order, inverse, offsets, top_k_index.shape[1])
 
 
 def permute(tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """[tokens, width] -> [rows, width], a copy of its token for each row; backward sums a token's rows."""
+    """[tokens, width] -> [rows, width], a copy of its token for each row; backward sums a token's rows.
+
+    Rows of no expert are undefined.
+    """
     return _Permute.apply(tokens, routes)
 
 
@@ -78,11 +84,12 @@ def combine(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
 
 
 def gather_rows(tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """[tokens, width] -> [rows, width], without autograd."""
+    """[tokens, width] -> [rows, width], without autograd. Rows of no expert are undefined."""
     if has_kernel(tokens) and tokens.shape[1] >= _NARROW:
         from moe_trainer.kernels.gpu import rows as gpu
 
-        return gpu.gather(tokens.contiguous(), routes.order, routes.top_k)
+        sizes = len(routes.order), routes.top_k
+        return gpu.spread(tokens.contiguous(), routes.inverse, routes.offsets[-1:], *sizes)
     return tokens[routes.order // routes.top_k]
 
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_trainer.kernels.experts import Exchange, exchanged, swiglu_experts
-from moe_trainer.kernels.grouped_gemm import grouped_linear
+from moe_trainer.kernels.grouped_gemm import Multiply, grouped_linear, multiply
 from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
 from moe_trainer.models.capacity import within_capacity
 from moe_trainer.models.router import Router, Routing
@@ -22,6 +22,7 @@ class Experts(nn.Module):
         super().__init__()
         self.num_experts = num_experts
         self.lora_scale = 1.0
+        self.multiply: Multiply = multiply
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
@@ -64,7 +65,9 @@ class Experts(nn.Module):
                 x if exchange is None else exchanged(x, exchange), routes, top_k_weights, weights
             )
         gate_up_proj, down_proj = weights["gate_up_proj"], weights["down_proj"]
-        return swiglu_experts(x, top_k_weights, routes, gate_up_proj, down_proj, self.product, exchange)
+        return swiglu_experts(
+            x, top_k_weights, routes, gate_up_proj, down_proj, self.product, self.multiply, exchange
+        )
 
     def compute_by_products(
         self, x: torch.Tensor, routes: Routes, top_k_weights: torch.Tensor, weights: dict[str, torch.Tensor]
@@ -78,7 +81,7 @@ class Experts(nn.Module):
 
     def product(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Sorted rows [rows, in] times the weight of this name, gate before up: [rows, out]."""
-        return grouped_linear(rows, weight.flatten(1, -2), offsets)
+        return grouped_linear(rows, weight.flatten(1, -2), offsets, self.multiply)
 
     def adapted_product(
         self, rows: torch.Tensor, name: str, weights: dict[str, torch.Tensor], offsets: torch.Tensor

@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from moe_trainer.config.schema import Recompute
+from moe_trainer.config.choices import Recompute
 from moe_trainer.models.decoder import DecoderLayer
 
 _CHOICES = frozenset({"aten::topk"})
@@ -25,7 +25,7 @@ _ATTENTION = frozenset(
         "aten::_flash_attention_forward",
     }
 )
-_GROUPED_PRODUCT = "aten::_grouped_mm"
+_GROUPED_PRODUCTS = frozenset({"aten::_grouped_mm", "aten::_scaled_grouped_mm"})
 
 Keeps = Callable[[str, int], bool]
 """(operator, how often it has run in this pass, this time included) -> whether its result is kept."""
@@ -60,7 +60,7 @@ def _keeps_choices(op: str, number: int) -> bool:
 
 def _keeps_dear(op: str, number: int) -> bool:
     # The experts' first product is that with gate_up_proj.
-    return op in _CHOICES or op in _ATTENTION or (op == _GROUPED_PRODUCT and number == 1)
+    return op in _CHOICES or op in _ATTENTION or (op in _GROUPED_PRODUCTS and number == 1)
 
 
 def _contexts(keeps: Keeps) -> tuple[TorchDispatchMode, TorchDispatchMode]:

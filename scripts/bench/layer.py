@@ -5,15 +5,17 @@
 bfloat16; logits are random, with --skew=S each expert's are moved by S times a random number, as a router's may be
 early on. Sorting the routes is timed, the router is not. FLOPs: 18 * tokens * top_k * hidden * intermediate. `dense`
 are six plain products of the same FLOPs over as many rows: the bound without routing.
-Each figure is the median of 20 calls, timed by CUDA events with the L2 cache as the call before left it.
+Each figure is the median of 20 calls, timed by CUDA events; the sides take turns.
 """
 
+import copy
 import statistics
 from collections.abc import Callable
 
 import torch
 from record import option, record
 
+from moe_trainer.kernels.fp8 import multiply_fp8
 from moe_trainer.models.moe import Experts
 
 SHAPES = {  # hidden, intermediate, experts, top_k
@@ -31,28 +33,34 @@ def main() -> None:
         experts = Experts(hidden, intermediate, num_experts).to("cuda", torch.bfloat16)
         for parameter in experts.parameters():
             torch.nn.init.normal_(parameter, std=0.02)
+        in_fp8 = copy.copy(experts)  # the same weights
+        in_fp8.multiply = multiply_fp8
         x = torch.randn(tokens, hidden, device="cuda", dtype=torch.bfloat16, requires_grad=True)
         logits = torch.randn(tokens, num_experts, device="cuda") + skew * torch.randn(num_experts, device="cuda")
         weights, index = logits.softmax(-1).topk(top_k)
         weights.requires_grad_()
-        flops = 18 * tokens * top_k * hidden * intermediate
-        ours, kept = _speed(experts, x, index, weights, flops)
+        layers = {"ours": experts, "fp8": in_fp8}
         theirs = _transformers(experts, hidden, intermediate, num_experts, top_k)
-        other = None if theirs is None else _speed(theirs, x, index, weights, flops)
-        del theirs
-        dense = _dense(tokens * top_k, hidden, intermediate, flops)
+        if theirs is not None:
+            layers["transformers"] = theirs
+        kept = {side: round(_kept(layer, x, index, weights), 2) for side, layer in layers.items()}
+        calls = {side: _pass(layer, x, index, weights) for side, layer in layers.items()}
+        milliseconds = _medians(calls | {"dense": _dense(tokens * top_k, hidden, intermediate)})
+        flops = 18 * tokens * top_k * hidden * intermediate
+        speed = {side: round(flops / median / 1e9) for side, median in milliseconds.items()}
         load = torch.bincount(index.flatten(), minlength=num_experts).max().item() * num_experts / (tokens * top_k)
-        row: dict[str, object] = {"shape": name, "tokens": tokens, "ours, TFLOP/s": ours, "kept GiB": round(kept, 2)}
-        row |= {"transformers": "-" if other is None else round(other[0])}
-        row |= {"kept by it": "-" if other is None else round(other[1], 2), "dense": dense}
-        row |= {"ours / dense": round(ours / dense, 2), "busiest expert / mean": round(load, 2)}
+        row: dict[str, object] = {"shape": name, "tokens": tokens, "ours, TFLOP/s": speed["ours"]}
+        row |= {"kept GiB": kept["ours"], "transformers": speed.get("transformers", "-")}
+        row |= {"kept by it": kept.get("transformers", "-"), "dense": speed["dense"]}
+        row |= {"ours / dense": round(milliseconds["dense"] / milliseconds["ours"], 2), "ours in fp8": speed["fp8"]}
+        row |= {"busiest expert / mean": round(load, 2)}
         record("layer", row, heading=number == 0)
 
 
-def _speed(
-    experts: torch.nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, flops: int
-) -> tuple[float, float]:
-    """TFLOP/s, and GiB that one call keeps for its backward pass."""
+def _pass(
+    experts: torch.nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor
+) -> Callable[[], None]:
+    """Forward and backward."""
     grad = torch.randn_like(x)
 
     def call() -> None:
@@ -60,11 +68,14 @@ def _speed(
             leaf.grad = None
         experts(x, index, weights).backward(grad)
 
-    milliseconds = _median(call)
+    return call
+
+
+def _kept(experts: torch.nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> float:
+    """GiB that one forward pass keeps for the backward pass."""
     before = torch.cuda.memory_allocated()
     out = experts(x, index, weights)
-    kept = torch.cuda.memory_allocated() - before - out.nbytes
-    return flops / milliseconds / 1e9, kept / 2**30
+    return (torch.cuda.memory_allocated() - before - out.nbytes) / 2**30
 
 
 def _transformers(
@@ -87,7 +98,7 @@ def _transformers(
     return experts
 
 
-def _dense(rows: int, hidden: int, intermediate: int, flops: int) -> float:
+def _dense(rows: int, hidden: int, intermediate: int) -> Callable[[], None]:
     def values(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
@@ -100,20 +111,22 @@ def _dense(rows: int, hidden: int, intermediate: int, flops: int) -> float:
         wide.t() @ x
         x.t() @ narrow
 
-    return flops / _median(call) / 1e9
+    return call
 
 
-def _median(call: Callable[[], None], times: int = 20) -> float:
-    """Milliseconds."""
-    for _ in range(5):
-        call()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
-    marks[0].record()
-    for mark in marks[1:]:
-        call()
-        mark.record()
+def _medians(calls: dict[str, Callable[[], None]], rounds: int = 20) -> dict[str, float]:
+    """Milliseconds. The sides take turns: a GPU's clock falls as it gets warm, and then falls for all."""
+    marks: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {side: [] for side in calls}
+    for number in range(rounds + 5):
+        for side, call in calls.items():
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call()
+            end.record()
+            if number >= 5:
+                marks[side].append((start, end))
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in zip(marks, marks[1:], strict=False))
+    return {side: statistics.median(a.elapsed_time(b) for a, b in pairs) for side, pairs in marks.items()}
 
 
 if __name__ == "__main__":

@@ -12,14 +12,14 @@ import os
 import shutil
 import sys
 import tempfile
-from itertools import pairwise
 from pathlib import Path
 
 import torch
 from record import device, option, record
 
 from moe_trainer.checkpoint.export import export_checkpoint
-from moe_trainer.config.schema import Config, DType
+from moe_trainer.config.choices import Compute, DType
+from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
 from moe_trainer.observe.sinks import JsonlSink
@@ -62,11 +62,17 @@ def main() -> None:
         given = [f"{key}={value}" for key, value in SMALL.items()] + [f"data.path={text}", f"steps={steps}"]
         cfg = validate(compose("train", [*given, f"run_dir={folder}", *overrides]), 1, torch.cuda.device_count())
         shutil.rmtree(RESULTS, ignore_errors=True)
+        start = Trainer(cfg, here)
+        start.start()
+        weights = start.save()  # all begin with these
+        cfg.checkpoint.resume = str(weights)
         curves = {"kernels": _ours(cfg, here)}
         os.environ["MOE_TRAINER_KERNELS"] = "reference"
         curves["reference"] = _ours(cfg, here)
         del os.environ["MOE_TRAINER_KERNELS"]
-        curves["transformers"] = _transformers(cfg, here, Path(folder))
+        curves["transformers"] = _transformers(cfg, here, weights)
+        cfg.compute = Compute.fp8
+        curves["fp8"] = _ours(cfg, here)
     for name, losses in curves.items():
         (RESULTS / name).mkdir(parents=True)
         sink = JsonlSink(RESULTS / name / "metrics.jsonl")
@@ -76,7 +82,8 @@ def main() -> None:
     smooth = {name: torch.tensor(losses).unfold(0, 10, 1).mean(1) for name, losses in curves.items()}
     row: dict[str, object] = {"steps": steps, "loss at first": curves["kernels"][0]}
     row |= {f"{name} at the end": curve[-1].item() for name, curve in smooth.items()}
-    row |= {f"{a} to {b}": (smooth[a] - smooth[b]).abs().max().item() for a, b in pairwise(smooth)}
+    others = [name for name in smooth if name != "kernels"]
+    row |= {f"kernels to {name}": (smooth["kernels"] - smooth[name]).abs().max().item() for name in others}
     record("loss_curves", row)
 
 
@@ -95,14 +102,15 @@ def _ours(cfg: Config, device: torch.device) -> list[float]:
     return torch.stack(losses).tolist()
 
 
-def _transformers(cfg: Config, device: torch.device, folder: Path) -> list[float]:
-    """The weights come through a checkpoint and its export; bf16 by autocast, as its users have it."""
+def _transformers(cfg: Config, device: torch.device, weights: Path) -> list[float]:
+    """The weights come through their export; bf16 by autocast, as its users have it."""
     from transformers import AutoModelForCausalLM
 
     trainer = Trainer(cfg, device)
     trainer.start()
-    export_checkpoint(trainer.save(), folder / "hf", 2**40, DType.float32)
-    model = AutoModelForCausalLM.from_pretrained(folder / "hf", dtype=torch.float32, experts_implementation="eager")
+    exported = Path(cfg.run_dir) / "hf"
+    export_checkpoint(weights, exported, 2**40, DType.float32)
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32, experts_implementation="eager")
     model.to(device).train()
     optimizer = build_adamw(model.named_parameters(), cfg.optim)
     losses = []

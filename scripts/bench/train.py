@@ -5,11 +5,12 @@
         [--steps=12] [--peer] [--profile]
 
 Sequences of data.seq_len (4096 unless given) uniformly random tokens, data.global_batch_size one micro-batch for each
-data rank unless given, no auxiliary loss unless given. The row: the median of the last two thirds of the steps as
-tokens a second a GPU and TFLOP/s (6 x active parameters without the embedding, causal attention halved), the peak
-memory, what of it are weights and moments, and how many pairs the busiest expert rank has over the mean. `--peer`
-measures transformers instead, with FSDP2 over all ranks, grouped_mm experts and fused AdamW. `--profile` adds where
-one step's GPU time goes, by kernel.
+data rank unless given, no auxiliary loss unless given, in the first steps of a warm-up of 2,000 unless given: at the
+full rate random tokens teach the router of a new model nothing but a preference for some experts. The row: the median
+of the last two thirds of the steps as tokens a second a GPU and TFLOP/s (6 x active parameters without the embedding,
+causal attention halved), the peak memory, what of it are weights and moments, and how many pairs the busiest expert
+rank has over the mean. `--peer` measures transformers instead, with FSDP2 over all ranks, grouped_mm experts and
+fused AdamW. `--profile` adds where one step's GPU time goes, by kernel.
 """
 
 import statistics
@@ -25,6 +26,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from moe_trainer.cli.command import count_gpus, local_world_size_from_env, world_size_from_env
+from moe_trainer.config.choices import Family
 from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
@@ -99,7 +101,8 @@ class Transformers:
         config = FAMILIES[cfg.model.family].config_to_hf(cfg.model, "float32", None)
         config = AutoConfig.for_model(**config)
         experts = "grouped_mm" if device.type == "cuda" else None
-        options = {"attn_implementation": "sdpa"} | ({"experts_implementation": experts} if experts else {})
+        attention = "eager" if cfg.model.family is Family.gpt_oss else "sdpa"  # which its sinks do not go with
+        options = {"attn_implementation": attention} | ({"experts_implementation": experts} if experts else {})
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
         precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, device)
@@ -112,7 +115,7 @@ class Transformers:
             for name, parameter in self._model.named_parameters():
                 parameter.to_local().fill_(1) if "norm" in name else parameter.to_local().normal_(0, 0.02)
         rotary = self._model.model.rotary_emb
-        width = cfg.model.head_dim
+        width = cfg.model.qk_rope_head_dim if cfg.model.family is Family.deepseek_v3 else cfg.model.head_dim
         rotary.inv_freq = cfg.model.rope.theta ** (-torch.arange(0, width, 2, device=device).float() / width)
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=cfg.optim.lr, fused=True)
         self._max_norm = cfg.optim.max_grad_norm
@@ -178,7 +181,8 @@ def main() -> None:
 def config_of(overrides: list[str]) -> Config:
     """The run that the overrides describe, validated for the ranks that there are."""
     given = {override.partition("=")[0] for override in overrides}
-    defaults = {"data.text": "unused", "data.seq_len": "4096", "optim.aux_coef": "0", "run_name": "bench"}
+    defaults = {"data.text": "unused", "data.seq_len": "4096", "optim.aux_coef": "0", "optim.warmup_steps": "2000"}
+    defaults |= {"run_name": "bench", "steps": "100000"}
     arguments = [f"{key}={value}" for key, value in defaults.items() if key not in given] + overrides
     cfg = compose("train", arguments)
     if "data.global_batch_size" not in given:

@@ -3,17 +3,21 @@
 Elsewhere than on a GPU they run in Triton's interpreter: `TRITON_INTERPRET=1 pytest tests/gpu/test_kernels.py`.
 """
 
+import math
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_trainer.config.schema import Family, RopeConfig
+from moe_trainer.config.choices import Family
+from moe_trainer.config.schema import RopeConfig
 from moe_trainer.config.store import compose
 from moe_trainer.kernels import cross_entropy, experts, norm, permute, rope
 from moe_trainer.kernels.permute import Routes, sort_by_expert, sum_pairs
+from moe_trainer.kernels.quantize import FP8, quantize
 from moe_trainer.kernels.router_gemm import router_logits
+from moe_trainer.kernels.stochastic_rounding import RandomBits, round_stochastically
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.models.rope import rotation
 from moe_trainer.parallel.initialize import initialize
@@ -27,9 +31,12 @@ if not (torch.cuda.is_available() or INTERPRETED):
 
 from moe_trainer.kernels.gpu import adamw as gpu_adamw  # noqa: E402
 from moe_trainer.kernels.gpu import cross_entropy as gpu_cross_entropy  # noqa: E402
+from moe_trainer.kernels.gpu import fp8 as gpu_fp8  # noqa: E402
 from moe_trainer.kernels.gpu import norm as gpu_norm  # noqa: E402
+from moe_trainer.kernels.gpu import normal as gpu_normal  # noqa: E402
 from moe_trainer.kernels.gpu import rope as gpu_rope  # noqa: E402
 from moe_trainer.kernels.gpu import rows as gpu_rows  # noqa: E402
+from moe_trainer.kernels.gpu import sort as gpu_sort  # noqa: E402
 from moe_trainer.kernels.gpu import swiglu as gpu_swiglu  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -63,11 +70,28 @@ def close(ours: torch.Tensor, exact: torch.Tensor) -> None:
 @pytest.mark.parametrize("width", (64, 100, 2048))
 def test_rows(dtype: torch.dtype, width: int) -> None:
     sort, tokens = routes(), values(dtype, TOKENS, width)
-    assert torch.equal(gpu_rows.gather(tokens, sort.order, TOP_K), tokens[sort.order // TOP_K])
+    end = int(sort.offsets[-1])
+    copies = gpu_rows.spread(tokens, sort.inverse, sort.offsets[-1:], end + 2, TOP_K)
+    assert len(copies) == end + 2 and torch.equal(copies[:end], tokens[sort.order[:end] // TOP_K])
     rows = values(dtype, TOKENS * TOP_K, width)
-    rows[int(sort.offsets[-1]) :] = float("nan")
+    rows[end:] = float("nan")
     ours = gpu_rows.sum_pairs(rows, sort.inverse, sort.offsets[-1:], TOP_K)
     close(ours, sum_pairs(rows.cpu().double(), Routes(*(t.cpu() for t in sort[:3]), TOP_K)).to(DEVICE))
+
+
+@pytest.mark.parametrize("num_experts", (1, 5, 64, 200))
+@pytest.mark.parametrize("tokens", (0, 1, 700))
+def test_sort(tokens: int, num_experts: int) -> None:
+    """Also heavy skew, experts without a pair, and pairs of experts elsewhere."""
+    generator = torch.Generator().manual_seed(tokens + num_experts)
+    skewed = (torch.rand(tokens, TOP_K, generator=generator) ** 4 * 1.3 * num_experts).long()
+    for index in (skewed, torch.full_like(skewed, num_experts - 1), torch.full_like(skewed, 2 * num_experts)):
+        ours = Routes(*gpu_sort.sort(index.flatten().to(DEVICE), num_experts), TOP_K)
+        exact = sort_by_expert(index, num_experts)
+        end = int(exact.offsets[-1])
+        assert torch.equal(ours.offsets.cpu(), exact.offsets) and ours.offsets.dtype == exact.offsets.dtype
+        assert torch.equal(ours.order[:end].cpu(), exact.order[:end])
+        assert torch.equal(ours.inverse[ours.order], torch.arange(tokens * TOP_K, device=DEVICE))
 
 
 @pytest.mark.parametrize("width", (8, 100, 1500))
@@ -144,10 +168,46 @@ def test_cross_entropy(dtype: torch.dtype, vocab: int) -> None:
     close(gpu_cross_entropy.gradient_(logits.clone(), labels, normalizer.float(), scale), theirs.to(DEVICE))
 
 
+@pytest.mark.parametrize("width", (16, 100, 5000))
+def test_rounding_to_fp8(dtype: torch.dtype, width: int) -> None:
+    """Rows, and columns of each expert, with empty ones and those of very different size."""
+    x = values(dtype, 3, 70, width) * torch.logspace(-3, 3, width, device=DEVICE).to(dtype)
+    x[1, 5], x[2, :, 7] = 0, 0
+    for ours, theirs in (
+        (gpu_fp8.quantize_rows(x), quantize(x, FP8)),
+        (gpu_fp8.quantize_columns(x), quantize(x.mT, FP8)),
+    ):
+        torch.testing.assert_close(ours[1], theirs.scale, rtol=1e-6, atol=0)
+        differ = ours[0].float() != theirs.values.float()
+        # A quotient that differs in its last bit may round to the other neighbour.
+        assert INTERPRETED or differ.float().mean() < 1e-3
+        rtol = 0.51 if INTERPRETED else 0.15  # the interpreter forgets the carry into the exponent
+        torch.testing.assert_close(ours[0].float(), theirs.values.float(), rtol=rtol, atol=2**-9)
+
+
+def test_normal_numbers() -> None:
+    """A function of seed and place; of the right shape, and without a pattern between neighbours or seeds."""
+    a, longer, other = (
+        gpu_normal.normal_(torch.empty(size, device=DEVICE), seed, 0.5)
+        for size, seed in ((9_999, 2**62 + 3), (20_000, 2**62 + 3), (9_999, 2**62 + 4))
+    )
+    assert torch.equal(a, longer[: len(a)])
+    exact = torch.distributions.Normal(0.0, 0.5)
+    for sample in (longer, other):
+        steps = torch.arange(len(sample), device=DEVICE) / len(sample)
+        assert (exact.cdf(sample.sort().values) - steps).abs().max() < 1.95 / len(sample) ** 0.5  # Kolmogorov, 0.1%
+    for left, right in ((a, other), (a[1:], a[:-1])):
+        assert abs(torch.corrcoef(torch.stack((left, right)))[0, 1]) < 0.04
+
+
 def test_no_rows() -> None:
     empty = sort_by_expert(torch.empty(0, 2, dtype=torch.int64, device=DEVICE), 4)
-    assert gpu_rows.gather(values(torch.float32, 0, 64), empty.order, 2).shape == (0, 64)
+    assert gpu_rows.spread(values(torch.float32, 0, 64), empty.inverse, empty.offsets[-1:], 0, 2).shape == (0, 64)
     assert gpu_rows.sum_pairs(values(torch.float32, 0, 64), empty.inverse, empty.offsets[-1:], 2).shape == (0, 64)
+
+
+def whole(size: int, name: str = "weight") -> RandomBits:
+    return RandomBits.of(name, (size,), [slice(0, size)])
 
 
 @pytest.mark.parametrize("size", (5, 10000))
@@ -167,7 +227,7 @@ def test_adamw(size: int) -> None:
         is_finite = factor == factor
         taken += is_finite
         scale = torch.tensor(factor, device=DEVICE)
-        gpu_adamw.adamw_(weight, grad, exp_avg, exp_avg_sq, taken, scale, *options.values())
+        gpu_adamw.adamw_(weight, grad, exp_avg, exp_avg_sq, taken, scale, *options.values(), whole(size))
         if is_finite:
             exact.grad = factor * grad.double()
             reference.step()
@@ -187,12 +247,72 @@ def test_adamw_with_rounded_moments() -> None:
     for _ in range(200):
         taken += 1
         for weight, exp_avg, exp_avg_sq in (exact, rounded):
-            gpu_adamw.adamw_(weight, grad, exp_avg, exp_avg_sq, taken, factor, *options.values(), number=3)
+            gpu_adamw.adamw_(weight, grad, exp_avg, exp_avg_sq, taken, factor, *options.values(), whole(size))
     for ours, wide in zip(rounded[1:], exact[1:], strict=True):
         ratio = ours.double() / wide.double()
         assert abs(ratio.mean() - 1) < 2e-3  # nothing lost on average
         assert 1e-4 < ratio.std() < 0.1  # and rounded it was
     assert relative_error(rounded[0], exact[0]) < 0.02
+
+
+ADAMW = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
+BLOCKS = {
+    "whole": (slice(0, 4), slice(0, 2), slice(0, 12), slice(0, 40)),
+    "rows": (slice(1, 3), slice(0, 2), slice(0, 12), slice(0, 40)),
+    "parts of rows": (slice(1, 3), slice(0, 2), slice(0, 12), slice(20, 40)),
+    "parts of parts": (slice(0, 4), slice(0, 2), slice(6, 12), slice(20, 40)),
+}
+
+
+def adamw_once(dtypes: tuple[torch.dtype, ...], source: RandomBits, size: int) -> list[torch.Tensor]:
+    """Weight and moments of these types after step 3, from bfloat16 values; the gradient is bfloat16 too."""
+    start = [values(torch.float32, size, seed=seed).bfloat16() for seed in range(4)]
+    grad, state = start[0], [start[1], 0.1 * start[2], start[3].square()]
+    stored = [value.to(dtype, copy=True) for value, dtype in zip(state, dtypes, strict=True)]
+    step, factor = torch.full((), 3.0, device=DEVICE), torch.full((), 0.5, device=DEVICE)
+    gpu_adamw.adamw_(stored[0], grad, *stored[1:], step, factor, *ADAMW.values(), source)
+    return stored
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_adamw_rounds_an_element_by_its_place(block: str) -> None:
+    """Bit for bit as PyTorch rounds what the kernel computes, each of the three by bits of its own."""
+    source = RandomBits.of("weight", (4, 2, 12, 40), BLOCKS[block])
+    size = math.prod(source.sizes)
+    wide = adamw_once((torch.float32,) * 3, source, size)
+    bits = source.draw(3, wide[0].device)
+    expected = [round_stochastically(value, bits >> 16 * number) for number, value in enumerate(wide)]
+    for rounded in ((0,), (1, 2), (0, 1, 2)):
+        dtypes = tuple(torch.bfloat16 if number in rounded else torch.float32 for number in range(3))
+        for number, value in enumerate(adamw_once(dtypes, source, size)):
+            if number in rounded:
+                assert torch.equal(value, expected[number])
+            else:  # the compiler contracts products and sums differently for other types
+                torch.testing.assert_close(value, wide[number], rtol=1e-6, atol=1e-9)
+
+
+def test_adamw_with_rounded_weights_is_right_on_average() -> None:
+    """Against float64: never farther than the next bfloat16, and in the mean of many roundings the exact value."""
+    size, many = 600, 200
+    start = [values(torch.float32, size, seed=seed).bfloat16().double() for seed in range(4)]
+    exact = start[1].clone().requires_grad_()
+    reference = torch.optim.AdamW([exact], **ADAMW)
+    reference.state[exact] = {
+        "step": torch.tensor(2.0), "exp_avg": start[2].mul(0.1).bfloat16().double(),
+        "exp_avg_sq": start[3].bfloat16().square().double(),
+    }  # fmt: skip
+    exact.grad = 0.5 * start[0]
+    reference.step()
+    moments = reference.state[exact]
+    goals = [exact.detach(), moments["exp_avg"], moments["exp_avg_sq"]]
+    draws = [adamw_once((torch.bfloat16,) * 3, whole(size, f"{number}"), size) for number in range(many)]
+    for goal, found in zip(goals, zip(*draws, strict=True), strict=True):
+        found = torch.stack(found).double()
+        step = 2.0 ** (goal.abs().log2().floor() - 7)  # between neighbours
+        assert ((found - goal).abs() < step * 1.001).all()
+        error = (found.mean(0) - goal) / step
+        assert error.abs().max() < 5 * 0.5 / many**0.5
+        assert error.mean().abs() < 5 * 0.5 / (many * size) ** 0.5
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a product of PyTorch's that CPUs lack")

@@ -1,16 +1,21 @@
-"""Rows gathered, and gathered rows summed, at the speed of the memory."""
+"""Tokens copied to their rows, and rows summed to tokens, at the speed of the memory."""
 
 import torch
 import triton
 import triton.language as tl
 
 
-def gather(tokens: torch.Tensor, order: torch.Tensor, top_k: int) -> torch.Tensor:
-    """[tokens, width], [rows] pairs -> [rows, width]: the token of each pair."""
-    out = tokens.new_empty(len(order), tokens.shape[1])
-    if out.numel():
-        block = min(triton.next_power_of_2(tokens.shape[1]), 4096)
-        _gather[(len(order),)](tokens, order, out, tokens.shape[1], top_k, block, num_warps=4)
+def spread(tokens: torch.Tensor, inverse: torch.Tensor, end: torch.Tensor, rows: int, top_k: int) -> torch.Tensor:
+    """[tokens, width], the row of each pair [pairs] -> [rows, width]: a copy for each pair's row before `end`.
+
+    By tokens, each of which is read once; by rows each would be read `top_k` times, too far apart for the cache.
+    """
+    width = tokens.shape[1]
+    out = tokens.new_empty(rows, width)
+    if out.numel() and tokens.numel():
+        block = min(triton.next_power_of_2(width), 2048)
+        grid = (len(tokens), triton.cdiv(width, block))
+        _spread[grid](tokens, inverse, end, out, width, top_k, block, num_warps=4)
     return out
 
 
@@ -26,14 +31,15 @@ def sum_pairs(rows: torch.Tensor, inverse: torch.Tensor, end: torch.Tensor, top_
 
 
 @triton.jit
-def _gather(tokens, order, out, width: tl.constexpr, top_k: tl.constexpr, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    token = tl.load(order + row).to(tl.int64) // top_k
-    for start in range(0, width, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        inside = columns < width
-        value = tl.load(tokens + token * width + columns, mask=inside)
-        tl.store(out + row * width + columns, value, mask=inside)
+def _spread(tokens, inverse, end, out, width: tl.constexpr, top_k: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < width
+    stop = tl.load(end).to(tl.int64)
+    value = tl.load(tokens + token * width + columns, mask=inside)
+    for pair in tl.static_range(top_k):
+        row = tl.load(inverse + token * top_k + pair).to(tl.int64)
+        tl.store(out + row * width + columns, value, mask=inside & (row < stop))
 
 
 @triton.jit

@@ -1,0 +1,58 @@
+"""Stable counting sort of pairs by expert (Knuth, vol. 3, 5.2): few keys, so no comparison and no radix passes."""
+
+import torch
+import triton
+import triton.language as tl
+
+_BLOCK, _PART = 512, 32
+
+
+def sort(experts: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The expert of each pair [pairs] -> order, inverse and offsets of `permute.Routes`.
+
+    Experts from `num_experts` on come last, in the pairs' order.
+    """
+    pairs, bins = len(experts), triton.next_power_of_2(num_experts + 1)
+    order, inverse = (torch.empty(pairs, dtype=torch.int64, device=experts.device) for _ in range(2))
+    blocks = triton.cdiv(pairs, _BLOCK)
+    counts = torch.zeros(bins, max(blocks, 1), dtype=torch.int32, device=experts.device)
+    if pairs:
+        _count[(blocks,)](experts, counts, pairs, num_experts, bins, _BLOCK)
+    ends = counts.view(-1).cumsum(0, dtype=torch.int32)  # by expert, then by block: the order of the result
+    if pairs:
+        _place[(blocks,)](experts, counts, ends, order, inverse, pairs, num_experts, _BLOCK, _PART, num_warps=8)
+    return order, inverse, ends.view_as(counts)[:num_experts, -1].contiguous()
+
+
+@triton.jit
+def _count(experts, counts, pairs, num_experts, bins: tl.constexpr, BLOCK: tl.constexpr):
+    block = tl.program_id(0)
+    at = block * BLOCK + tl.arange(0, BLOCK)
+    expert = tl.load(experts + at, mask=at < pairs, other=num_experts).to(tl.int32)
+    count = tl.histogram(tl.minimum(expert, num_experts), bins)
+    number = tl.arange(0, bins)
+    # The last block's places past the end would count as elsewhere.
+    past = tl.maximum((block + 1) * BLOCK - pairs, 0)
+    count -= tl.where(number == num_experts, past, 0)
+    tl.store(counts + number * tl.num_programs(0) + block, count)
+
+
+@triton.jit
+def _place(experts, counts, ends, order, inverse, pairs, num_experts, BLOCK: tl.constexpr, PART: tl.constexpr):
+    block = tl.program_id(0)
+    place = tl.arange(0, BLOCK)
+    at = block * BLOCK + place
+    inside = at < pairs
+    expert = tl.minimum(tl.load(experts + at, mask=inside, other=num_experts).to(tl.int32), num_experts)
+    before = tl.zeros((BLOCK,), tl.int32)  # pairs of the same expert in this block
+    for start in range(0, BLOCK, PART):
+        other_place = start + tl.arange(0, PART)
+        other_at = block * BLOCK + other_place
+        other = tl.load(experts + other_at, mask=other_at < pairs, other=num_experts).to(tl.int32)
+        same = tl.minimum(other, num_experts)[:, None] == expert[None, :]
+        before += tl.sum((same & (other_place[:, None] < place[None, :])).to(tl.int32), 0)
+    cell = expert * tl.num_programs(0) + block
+    start = tl.load(ends + cell, mask=inside, other=0) - tl.load(counts + cell, mask=inside, other=0)
+    row = (start + before).to(tl.int64)
+    tl.store(inverse + at, row, mask=inside)
+    tl.store(order + row, at.to(tl.int64), mask=inside)
