@@ -14,8 +14,8 @@ from moe_trainer.checkpoint.hf_write import LazyTensor, write_hf
 from moe_trainer.checkpoint.lora import StoredAdapters
 from moe_trainer.checkpoint.manager import TENSORS, read_document
 from moe_trainer.checkpoint.sharded import stored_tensors
+from moe_trainer.config.choices import DType
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DType
 from moe_trainer.data.tokenizer import end_of_text_id
 from moe_trainer.models.keymap import UNREAD, KeyMap, Piece, file_shapes, source_box, target_box
 from moe_trainer.models.registry import FAMILIES
@@ -58,7 +58,8 @@ def export_checkpoint(
     if key_map.keys() != names:
         odd = sorted(key_map.keys() ^ names)
         raise ConfigError(f"{checkpoint}: weights and model.json do not fit: {', '.join(odd)}")
-    kept = next(entry[1] for name, entry in stored.items() if name.startswith(_PREFIX))
+    # The widest: of weights in bfloat16 the norms and routers are float32.
+    kept = max((entry[1] for name, entry in stored.items() if name.startswith(_PREFIX)), key=lambda t: t.itemsize)
     target = kept if dtype is DType.auto else getattr(torch, dtype.value)
     tokens = _special_tokens(tokenizer)
     token_ids = {f"{role}_token_id": token_id for role, (token_id, _) in tokens.items()}

@@ -7,6 +7,7 @@ unpickles `.metadata` as it comes, and one strided layout loads with wrong rows.
 import math
 import pickle
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_trainer.checkpoint.agreement import agreed, is_distributed
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.observe.log import get_logger
 from moe_trainer.parallel.shards import Box, local_box, local_part
+
+_logger = get_logger(__name__)
 
 _METADATA = ".metadata"
 _METADATA_GLOBALS = {
@@ -110,7 +114,13 @@ def save_blocks(folder: Path, blocks: Mapping[str, Block], group: dist.ProcessGr
         )
 
 
-def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], strict: bool = True, alone: bool = False) -> None:
+def load_tensors(
+    folder: Path,
+    tensors: Mapping[str, torch.Tensor],
+    strict: bool = True,
+    alone: bool = False,
+    casts: bool = False,
+) -> None:
     """Fill the tensors in place, whatever mesh they lie on and whatever mesh the folder was saved from.
 
     Collective, unless `alone`.
@@ -119,24 +129,27 @@ def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], strict: bool
         tensors: DTensors or plain tensors; their placements say which part this rank reads.
         strict: also refuse names that the folder holds and `tensors` does not.
         alone: this process loads by itself, even while a process group lives. For plain tensors.
+        casts: also take float32 for bfloat16, rounded to nearest, and bfloat16 for float32; it is logged.
 
     Raises:
         ConfigError: names every missing, unexpected, wrongly shaped or wrongly typed tensor; nothing is read then.
         RuntimeError: a file that is missing or damaged.
     """
     if alone:
-        _load(folder, tensors, strict, no_dist=True)
+        _load(folder, tensors, strict, casts, no_dist=True)
         return
     with agreed(f"loading {folder}"):
         metadata = read_metadata(folder)
-        _compare(metadata, tensors, strict)
+        _compare(metadata, tensors, strict, casts)
     with agreed(f"loading {folder}"):
-        _load(folder, tensors, strict, no_dist=not is_distributed())
+        _load(folder, tensors, strict, casts, no_dist=not is_distributed())
+    if changed := _describe_casts(metadata, tensors):
+        _logger.info("%s: %s", folder, changed)
 
 
-def _load(folder: Path, tensors: Mapping[str, torch.Tensor], strict: bool, no_dist: bool) -> None:
+def _load(folder: Path, tensors: Mapping[str, torch.Tensor], strict: bool, casts: bool, no_dist: bool) -> None:
     metadata = read_metadata(folder)
-    _compare(metadata, tensors, strict)
+    _compare(metadata, tensors, strict, casts)
     with _quiet():
         dcp.load(
             {name: tensor.detach() for name, tensor in tensors.items()},
@@ -221,7 +234,7 @@ def refuse_interleaved(name: str, tensor: torch.Tensor) -> None:
             )
 
 
-def _compare(metadata: Metadata, tensors: Mapping[str, torch.Tensor], strict: bool) -> None:
+def _compare(metadata: Metadata, tensors: Mapping[str, torch.Tensor], strict: bool, casts: bool) -> None:
     stored = metadata.state_dict_metadata
     problems = [f"missing in the checkpoint: {name}" for name in tensors if name not in stored]
     if strict:
@@ -230,12 +243,26 @@ def _compare(metadata: Metadata, tensors: Mapping[str, torch.Tensor], strict: bo
         entry, tensor = stored[name], tensors[name]
         if entry.size != tensor.shape:
             problems.append(f"{name}: shape {list(entry.size)} in the checkpoint, {list(tensor.shape)} here")
-        elif entry.properties.dtype != tensor.dtype:
+        elif entry.properties.dtype != tensor.dtype and not (
+            casts and {entry.properties.dtype, tensor.dtype} == {torch.float32, torch.bfloat16}
+        ):
             problems.append(f"{name}: {entry.properties.dtype} in the checkpoint, {tensor.dtype} here")
     for name, tensor in tensors.items():
         refuse_interleaved(name, tensor)
     if problems:
         raise ConfigError("tensors do not match: " + "; ".join(sorted(problems)))
+
+
+def _describe_casts(metadata: Metadata, tensors: Mapping[str, torch.Tensor]) -> str:
+    """What was cast, in a line; empty if nothing was."""
+    stored = metadata.state_dict_metadata
+    casts = Counter((stored[name].properties.dtype, tensor.dtype) for name, tensor in tensors.items())
+    texts = [
+        f"{number} tensors were {'rounded to the nearest' if new.itemsize < old.itemsize else 'widened to'} {new}"
+        for (old, new), number in casts.items()
+        if old != new
+    ]
+    return ", ".join(texts).replace("torch.", "")
 
 
 def _is_writer(name: str, tensor: torch.Tensor) -> bool:

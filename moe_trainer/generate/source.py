@@ -92,7 +92,7 @@ def _load_checkpoint(folder: Path, parameters: Mapping[str, torch.Tensor]) -> No
         for name, value in values.items():
             local = local_part(value)
             if adapters.adapts(name):
-                local += adapters.added(name, local_box(value)).to(local)
+                local = local + adapters.added(name, local_box(value)).to(local.device)  # in the wider of both types
             local_part(parameters[name]).copy_(local)
 
 

@@ -1,14 +1,21 @@
 """AdamW: parameter groups, state that exists before the first step, and its tensors by parameter name."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from moe_trainer.config.schema import DType, OptimConfig
+from moe_trainer.config.choices import DType
+from moe_trainer.config.schema import OptimConfig
 from moe_trainer.kernels.backend import has_kernel
-from moe_trainer.kernels.stochastic_rounding import round_stochastically
+from moe_trainer.kernels.stochastic_rounding import (
+    EXP_AVG_BITS,
+    EXP_AVG_SQ_BITS,
+    WEIGHT_BITS,
+    RandomBits,
+    round_stochastically,
+)
 from moe_trainer.optim.groups import Options, options_by_parameter
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -18,11 +25,12 @@ class AdamW(torch.optim.AdamW):
     """PyTorch's fused AdamW (Loshchilov and Hutter, 2019), with a factor for the gradients of a step.
 
     On CUDA one kernel of our own reads weight, gradient and moments once, applies the factor on the way, and writes
-    no gradient back; elsewhere the gradients are scaled first.
+    no gradient back; elsewhere the gradients are scaled first. What is stored in bfloat16, moments or weights, is
+    computed in float32 and rounded at random.
     """
 
-    numbers: dict[nn.Parameter, int]
-    """Of the parameters, in their order: with the step they seed the random rounding of moments."""
+    random_bits: dict[nn.Parameter, RandomBits]
+    """What each parameter and its moments are rounded with."""
 
     @torch.no_grad()
     def step(self, factor: torch.Tensor) -> None:
@@ -32,7 +40,7 @@ class AdamW(torch.optim.AdamW):
         """
         found_inf = (~factor.isfinite()).float()
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if all(has_kernel(p) and p.dtype is torch.float32 for p in parameters):
+        if all(has_kernel(p) for p in parameters):
             torch._foreach_add_([self.state[p]["step"] for p in parameters], 1 - found_inf)
             for group in self.param_groups:
                 self._step_group(group, factor)
@@ -52,7 +60,7 @@ class AdamW(torch.optim.AdamW):
                 weight, grad, exp_avg, exp_avg_sq = map(_local, tensors)
                 assert weight.is_contiguous(), "a shard in pieces"
                 moments = exp_avg, exp_avg_sq, state["step"]
-                gpu.adamw_(weight, grad.contiguous(), *moments, factor, *options, self.numbers[parameter])
+                gpu.adamw_(weight, grad.contiguous(), *moments, factor, *options, self.random_bits[parameter])
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -60,8 +68,9 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class StoredAdamW(AdamW):
-    """The same steps with the moments elsewhere: in host memory, bit for bit, or in bfloat16 where no kernel rounds.
-    Those of one parameter at a time are at hand."""
+    """The same steps, one parameter after the other, each by a stand-in: its moments are brought from host memory,
+    and where no kernel rounds, what is in bfloat16 is widened. Without rounding the results are the same bit for
+    bit."""
 
     @torch.no_grad()
     def step(self, factor: torch.Tensor) -> None:
@@ -70,34 +79,47 @@ class StoredAdamW(AdamW):
         try:
             for group in groups:
                 for parameter in group["params"]:
-                    if parameter.grad is None:
-                        continue
-                    self.param_groups = [{**group, "params": [parameter]}]
-                    self._step_on_device(parameter, factor)
+                    if parameter.grad is not None:
+                        self._step_by_stand_in(parameter, group, factor)
         finally:
             self.param_groups = groups
         if factor.is_cuda:
             torch.cuda.current_stream(factor.device).synchronize()
 
-    def _step_on_device(self, parameter: nn.Parameter, factor: torch.Tensor) -> None:
-        state = self.state[parameter]
-        at_home = {name: state[name] for name in _MOMENTS}
-        away = {name: moment.to(parameter.device, non_blocking=True) for name, moment in at_home.items()}
-        if not has_kernel(parameter):
-            away = {name: moment.to(parameter.dtype) for name, moment in away.items()}
-        state.update(away)
-        super().step(factor)
-        for name, moment in at_home.items():
-            self._put_back(parameter, moment, away[name])
-        state.update(at_home)
+    def _step_by_stand_in(self, parameter: nn.Parameter, group: dict, factor: torch.Tensor) -> None:
+        def at_hand(tensor: torch.Tensor) -> torch.Tensor:
+            here = _local(tensor).to(parameter.device, non_blocking=True)
+            return here if has_kernel(parameter) else here.to(_at_least_float32(here.dtype))
 
-    def _put_back(self, parameter: nn.Parameter, home: torch.Tensor, moment: torch.Tensor) -> None:
-        if home.dtype is moment.dtype:
-            home.copy_(moment, non_blocking=True)
-        else:
-            seed = int(self.state[parameter]["step"]) * 65521 + self.numbers[parameter]
-            generator = torch.Generator(moment.device).manual_seed(seed)
-            _local(home).copy_(round_stochastically(_local(moment), generator))
+        state = self.state[parameter]
+        stand_in = nn.Parameter(at_hand(parameter.detach()))
+        stand_in.grad_dtype = None  # any
+        stand_in.grad = at_hand(parameter.grad)
+        moved = {"step": state["step"], **{name: at_hand(state[name]) for name in _MOMENTS}}
+        self.state[stand_in], self.random_bits[stand_in] = moved, self.random_bits[parameter]
+        self.param_groups = [{**group, "params": [stand_in]}]
+        super().step(factor)
+        del self.state[stand_in], self.random_bits[stand_in]
+        homes = parameter.detach(), *(state[name] for name in _MOMENTS)
+        self._put_back(parameter, [_local(home) for home in homes], [stand_in.detach(), *map(moved.get, _MOMENTS)])
+
+    def _put_back(
+        self, parameter: nn.Parameter, homes: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
+    ) -> None:
+        """Weight and moments to where they are kept."""
+        bits = None
+        for home, value, first_bit in zip(homes, values, (WEIGHT_BITS, EXP_AVG_BITS, EXP_AVG_SQ_BITS), strict=True):
+            if home.dtype is not value.dtype:
+                if bits is None:
+                    step = int(self.state[parameter]["step"])
+                    bits = self.random_bits[parameter].draw(step, value.device).view_as(value)
+                home.copy_(round_stochastically(value, bits >> first_bit))
+            elif home.data_ptr() != value.data_ptr():
+                home.copy_(value, non_blocking=True)
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _to_host(moment: torch.Tensor) -> torch.Tensor:
@@ -111,7 +133,11 @@ def _to_host(moment: torch.Tensor) -> torch.Tensor:
     return moment.pin_memory()
 
 
-def build_adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: OptimConfig) -> AdamW:
+def build_adamw(
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    optim: OptimConfig,
+    box_of: Callable[[torch.Tensor], tuple[slice, ...]] | None = None,
+) -> AdamW:
     """The optimizer that the config describes, for what is not frozen.
 
     The state (zero moments with the parameter's placements, step 0) exists at once: a checkpoint can be loaded in
@@ -119,6 +145,9 @@ def build_adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: Opt
 
     Args:
         named_parameters: materialised parameters, plain or DTensors; one group may mix DTensors of several meshes.
+            Those in bfloat16 are rounded to it at random after each step.
+        box_of: the block of a parameter that this rank holds, so that random rounding does not depend on the mesh;
+            without it each rank's part is rounded as if it were all.
 
     Raises:
         ConfigError: see `options_by_parameter`.
@@ -129,26 +158,41 @@ def build_adamw(named_parameters: Iterable[tuple[str, nn.Parameter]], optim: Opt
     groups: dict[Options, list[nn.Parameter]] = {}
     for parameter, options in options_by_parameter(named, optim).items():
         groups.setdefault(options, []).append(parameter)
-    dtype = None if optim.moments_dtype is DType.auto else getattr(torch, optim.moments_dtype.value)
-    is_rounded = dtype is not None and not all(has_kernel(parameter) for _, parameter in named)
+    dtypes = {parameter: _moments_dtype(parameter, optim) for group in groups.values() for parameter in group}
+    is_rounded = any(torch.bfloat16 in (p.dtype, dtype) and not has_kernel(p) for p, dtype in dtypes.items())
     optimizer = (StoredAdamW if optim.offload or is_rounded else AdamW)(
         [
-            {"params": parameters, "lr_scale": lr_scale, "weight_decay": weight_decay}
-            for (lr_scale, weight_decay), parameters in groups.items()
+            {"params": group, "lr_scale": lr_scale, "weight_decay": weight_decay}
+            for (lr_scale, weight_decay), group in groups.items()
         ],
         lr=optim.lr,
         betas=(optim.beta1, optim.beta2),
         eps=optim.eps,
         fused=True,
     )
-    optimizer.numbers = {p: number for number, p in enumerate(p for group in groups.values() for p in group)}
-    for parameter in optimizer.numbers:
+    optimizer.random_bits = {p: _random_bits(name, p, box_of) for name, p in named if p in dtypes}
+    for parameter, dtype in dtypes.items():
         moments = {name: torch.zeros_like(parameter, dtype=dtype, requires_grad=False) for name in _MOMENTS}
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
             **{name: _to_host(moment) if optim.offload else moment for name, moment in moments.items()},
         }
     return optimizer
+
+
+def _moments_dtype(parameter: nn.Parameter, optim: OptimConfig) -> torch.dtype:
+    if optim.moments_dtype is DType.auto:
+        return _at_least_float32(parameter.dtype)
+    return getattr(torch, optim.moments_dtype.value)
+
+
+def _random_bits(
+    name: str, parameter: nn.Parameter, box_of: Callable[[torch.Tensor], tuple[slice, ...]] | None
+) -> RandomBits:
+    if box_of is not None:
+        return RandomBits.of(name, parameter.shape, box_of(parameter))
+    shape = _local(parameter).shape
+    return RandomBits.of(name, shape, [slice(0, size) for size in shape])
 
 
 def optimizer_tensors(

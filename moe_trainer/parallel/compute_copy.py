@@ -1,5 +1,6 @@
 """A weight in the type that it is computed with, and its gradient's way back to the master weight."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,13 +12,11 @@ from moe_trainer.parallel.shards import local_part
 
 
 def compute_copy(master: nn.Parameter, dtype: torch.dtype) -> torch.Tensor:
-    """The rank's part of a master weight (a DTensor) in `dtype`.
+    """The rank's part of a master weight (a DTensor) in `dtype`; its own values where that is the master's type.
 
     Its gradient becomes the master's as the matrix products gave it, in `dtype`: widened, it would say no more and
-    take two more passes over memory. From the second micro-batch on gradients are summed in the master's type.
+    take two more passes over memory. From the second micro-batch on gradients are summed in float32 at least.
     """
-    if dtype is master.dtype:
-        return master.to_local()
     local = local_part(master)
     if not (master.requires_grad and torch.is_grad_enabled()):
         return local.to(dtype)
@@ -43,9 +42,18 @@ def _deliver(grad: torch.Tensor, master: nn.Parameter) -> None:
     if master.grad is None:
         # Only our own kernels take a gradient of another type than the weight's.
         total = grad if has_kernel(grad) else grad.to(master.dtype)
-    elif master.grad.dtype is master.dtype:
+    else:
+        widen_gradients([master])
         local_part(master.grad).add_(grad)
         return
-    else:
-        total = local_part(master.grad).to(master.dtype).add_(grad)
     master.grad = DTensor.from_local(total, master.device_mesh, master.placements, run_check=False)
+
+
+def widen_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Gradients to float32 at least, whatever the parameters' type, so that those of more micro-batches are summed in
+    it: FSDP, too, adds to what is there."""
+    for parameter in parameters:
+        grad = parameter.grad
+        if grad is not None and grad.dtype is torch.bfloat16:
+            parameter.grad_dtype = None  # any
+            parameter.grad = grad.float()

@@ -9,6 +9,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_trainer.models.decoder import DecoderLayer
+from moe_trainer.models.lora import is_adapter
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.router import Router
@@ -24,7 +25,7 @@ PRECISE = (RMSNorm, Router)
 def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, reshard: bool = False) -> None:
     """Wrap each layer's experts, all norms and routers, each layer's rest, then embedding and head, as groups.
 
-    Norms and routers stay in the master type: they compute in it anyway, and the sum of their gradients over `tp`
+    Norms and routers stay in float32 at least: they compute in it anyway, and the sum of their gradients over `tp`
     runs in the type of the parameters. They are small, so one group gathers those of all layers at once. A layer's
     rest, in an MoE model a small share of it, stays whole from its forward to its backward pass, unless `reshard`;
     experts do not. Gradients are summed, not averaged: the loss is divided once by the tokens of the whole batch, so
@@ -32,8 +33,9 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, resh
     holds are left to themselves: FSDP would copy their weights and gradients several times.
     """
     compute = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
-    master = MixedPrecisionPolicy(precision.master, precision.reduce, cast_forward_inputs=False)
+    precise = MixedPrecisionPolicy(precision.precise, precision.reduce, cast_forward_inputs=False)
     dense, expert = meshes.dense_data, meshes.expert_data
+    _widen(model, precision.precise)
     alone: set[nn.Parameter] = set()
     for layer in model.modules():
         if not isinstance(layer, DecoderLayer):
@@ -45,9 +47,9 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, resh
             elif isinstance(experts, Experts):
                 placement = expert_shard_dim(experts, expert)
                 fully_shard(experts, mesh=expert, mp_policy=compute, shard_placement_fn=placement)
-    precise = [module for module in model.model.layers.modules() if isinstance(module, PRECISE)]
-    fully_shard(precise, mesh=dense, mp_policy=master, reshard_after_forward=False)
-    fully_shard(model.model.norm, mesh=dense, mp_policy=master)  # apart: not run again by activation checkpointing
+    norms_and_routers = [module for module in model.model.layers.modules() if isinstance(module, PRECISE)]
+    fully_shard(norms_and_routers, mesh=dense, mp_policy=precise, reshard_after_forward=False)
+    fully_shard(model.model.norm, mesh=dense, mp_policy=precise)  # apart: not run again by activation checkpointing
     for layer in model.modules():
         if isinstance(layer, DecoderLayer):
             fully_shard(layer, mesh=dense, mp_policy=compute, ignored_params=alone, reshard_after_forward=reshard)
@@ -59,6 +61,16 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, resh
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+def _widen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store norms, routers and adapters in `dtype`: they are small."""
+    for module in model.modules():
+        if isinstance(module, PRECISE):
+            module.to(dtype)
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if is_adapter(name):
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), parameter.requires_grad))
 
 
 def is_alone(experts: Experts, mesh: DeviceMesh) -> bool:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from moe_trainer.config.schema import DType
+from moe_trainer.config.choices import DType
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,9 +14,14 @@ class Precision:
     compute: torch.dtype
     """Of activations and of the weights they meet."""
     master: torch.dtype
-    """Of the stored weights and the optimizer's moments."""
+    """Of the stored weights, but for those of norms, routers and adapters."""
     reduce: torch.dtype
     """In which gradients are summed."""
+
+    @property
+    def precise(self) -> torch.dtype:
+        """In which norms and routers are stored and computed: float32 at least."""
+        return torch.promote_types(self.compute, torch.float32)
 
 
 def compute_dtype(dtype: DType, device: torch.device) -> torch.dtype:
@@ -26,9 +31,13 @@ def compute_dtype(dtype: DType, device: torch.device) -> torch.dtype:
     return getattr(torch, dtype.value)
 
 
-def resolve_precision(dtype: DType, reduce_dtype: DType, device: torch.device) -> Precision:
+def resolve_precision(
+    dtype: DType, reduce_dtype: DType, device: torch.device, weights_dtype: DType = DType.auto
+) -> Precision:
     """float32 master weights and reductions under bfloat16 compute; everything in float64 where that is asked for."""
     compute = compute_dtype(dtype, device)
-    master = torch.promote_types(compute, torch.float32)
-    reduce = master if reduce_dtype is DType.auto else getattr(torch, reduce_dtype.value)
+    wide = torch.promote_types(compute, torch.float32)
+    master, reduce = (
+        wide if chosen is DType.auto else getattr(torch, chosen.value) for chosen in (weights_dtype, reduce_dtype)
+    )
     return Precision(compute, master, reduce)

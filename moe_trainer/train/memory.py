@@ -1,10 +1,73 @@
-"""What to say when a step runs out of memory."""
+"""What a rank keeps of each parameter, and what to say when a step runs out of memory."""
+
+from dataclasses import dataclass
 
 import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
+from moe_trainer.config.choices import DType, Recompute
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Config, DType, Recompute
+from moe_trainer.config.schema import Config
+from moe_trainer.models.moe import Experts
 from moe_trainer.observe.metrics import expert_load
+from moe_trainer.parallel.precision import Precision
+from moe_trainer.parallel.shards import local_part
+
+
+@dataclass(frozen=True, slots=True)
+class States:
+    """Bytes of a rank's weights, gradients and moments, all of which are there at the end of the backward pass.
+
+    What comes and goes is not in them: activations, and what FSDP gathers and sums of a few modules at a time.
+    """
+
+    parameters: int
+    """Their number, frozen ones included."""
+    weights: int
+    gradients: int
+    """With sums in another type that FSDP keeps as long."""
+    moments: int
+    is_offloaded: bool
+    """The moments are in host memory."""
+
+    def __str__(self) -> str:
+        on_device = self.weights + self.gradients + (0 if self.is_offloaded else self.moments)
+        parts = {"weights": self.weights, "gradients": self.gradients, "moments": self.moments}
+        each = ", ".join(f"{name} {size / self.parameters:.2g}" for name, size in parts.items())
+        where = " in host memory" if self.is_offloaded else ""
+        return f"{_size(on_device)} of states, {on_device / self.parameters:.3g} bytes a parameter ({each}{where})"
+
+
+def states_of(model: nn.Module, cfg: Config, precision: Precision, device: torch.device) -> States:
+    """Of a model that is sharded over its data axes; it may be on the meta device."""
+    data_ranks = cfg.parallel.dp_replicate * cfg.parallel.fsdp
+    is_summed = cfg.data.global_batch_size > cfg.data.micro_batch_size * data_ranks
+    # Experts outside FSDP keep what the products of the only micro-batch give: `parallel.compute_copy`.
+    experts = [module for module in model.modules() if isinstance(module, Experts)]
+    alone = {p for module in experts if not isinstance(module, FSDPModule) for p in module.parameters()}
+    weights = gradients = moments = parameters = 0
+    for parameter in model.parameters():
+        number, dtype = local_part(parameter).numel(), parameter.dtype
+        parameters += number
+        weights += number * dtype.itemsize
+        if not parameter.requires_grad:
+            continue
+        wide = torch.promote_types(dtype, torch.float32)
+        single = precision.compute if parameter in alone and device.type == "cuda" else dtype
+        gradients += number * (wide if is_summed else single).itemsize
+        if cfg.parallel.dp_replicate > 1 and precision.reduce is not dtype:
+            gradients += number * precision.reduce.itemsize  # FSDP keeps the sums over copies until the pass ends
+        chosen = cfg.optim.moments_dtype
+        moments += 2 * number * (wide if chosen is DType.auto else getattr(torch, chosen.value)).itemsize
+    return States(parameters, weights, gradients, moments, cfg.optim.offload)
+
+
+def _size(size: int) -> str:
+    for unit, width in (("GiB", 2**30), ("MiB", 2**20)):
+        if size >= width:
+            return f"{size / width:.1f} {unit}"
+    return f"{size / 2**10:.1f} KiB"
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -15,7 +78,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def explain_out_of_memory(
     error: Exception, cfg: Config, rank: int, step: int, seq_len: int, expert_counts: torch.Tensor | None
 ) -> ConfigError:
-    """One line with what a step is made of, and what makes it smaller without changing what it computes.
+    """One line with what a step is made of, and what makes it smaller.
 
     Args:
         step: the one that failed.
@@ -27,7 +90,8 @@ def explain_out_of_memory(
     micro = cfg.data.micro_batch_size
     ways = [f"data.micro_batch_size={micro // 2} (now {micro}; the global batch stays)"] if micro > 1 else []
     ways += [f"recompute={kind.value}" for kind in (Recompute.selective, Recompute.full) if cfg.recompute is not kind]
-    ways += [] if cfg.optim.moments_dtype is DType.bfloat16 else ["optim.moments_dtype=bfloat16"]
+    types = [name for name in ("moments_dtype", "weights_dtype") if getattr(cfg.optim, name) is DType.auto]
+    ways += [f"optim.{name}=bfloat16" for name in types if cfg.dtype is not DType.float64]
     ways += [] if cfg.optim.offload else ["optim.offload=true"]
     ways.append("more ranks in parallel.fsdp or parallel.tp")
     ways.append(f"a shorter data.seq_len (now {seq_len})")

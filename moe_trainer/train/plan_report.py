@@ -1,10 +1,14 @@
 """What the plan does to each parameter, found out without ranks and without memory for the weights."""
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from moe_trainer.config.choices import DeviceName
+from moe_trainer.config.patterns import covers
 from moe_trainer.config.schema import Config
 from moe_trainer.config.validate import world_size_of
 from moe_trainer.models.registry import FAMILIES
@@ -14,13 +18,22 @@ from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.plan import rule_for, select_parallel_plan, with_adapters
 from moe_trainer.parallel.precision import resolve_precision
 from moe_trainer.parallel.shards import local_part
+from moe_trainer.train.memory import States, states_of
 
 Row = tuple[str, str, str, str, str]
 """Parameter, global shape, style, placement, local shape on rank 0."""
 
 
-def plan_rows(cfg: Config) -> list[Row]:
-    """One row for each parameter of rank 0.
+class PlanReport(NamedTuple):
+    """Of rank 0."""
+
+    rows: list[Row]
+    """One for each parameter."""
+    states: States
+
+
+def plan_report(cfg: Config) -> PlanReport:
+    """What rank 0 has of each parameter, and of all.
 
     The real model is split on the meta device, in a process group that only pretends to have ranks.
 
@@ -33,25 +46,31 @@ def plan_rows(cfg: Config) -> list[Row]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world_size_of(cfg.parallel))
     try:
         meshes = build_meshes(cfg.parallel, "cpu")
-        precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, torch.device("cpu"))
+        device = torch.device("cuda" if cfg.device is DeviceName.cuda else "cpu")
+        precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, device, cfg.optim.weights_dtype)
         model, _ = build_model(cfg.model, cfg.parallel, meshes, precision.master, cfg.lora)
         shard_over_data(model, meshes, precision)
+        for name, parameter in model.named_parameters():
+            if any(covers(pattern, name) for pattern in cfg.optim.freeze):
+                parameter.requires_grad_(False)
         family = FAMILIES[cfg.model.family]
         plan = with_adapters(select_parallel_plan(cfg.parallel, family.plans, cfg.model.family), model)
-        return [_row(name, parameter, plan) for name, parameter in model.named_parameters()]
+        rows = [_row(name, parameter, plan) for name, parameter in model.named_parameters()]
+        return PlanReport(rows, states_of(model, cfg, precision, device))
     finally:
         dist.destroy_process_group()
 
 
 def plan_table(cfg: Config) -> str:
-    """The mesh in one line, and the table of `plan_rows`."""
+    """Mesh and states in one line, and the table of parameters."""
     parallel = cfg.parallel
-    rows = [("parameter", "shape", "style", "placement", "local shape"), *plan_rows(cfg)]
+    report = plan_report(cfg)
+    rows = [("parameter", "shape", "style", "placement", "local shape"), *report.rows]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     mesh = (
         f"{world_size_of(parallel)} ranks: dp_replicate={parallel.dp_replicate} fsdp={parallel.fsdp} "
-        f"tp={parallel.tp} ep={parallel.ep}"
+        f"tp={parallel.tp} ep={parallel.ep}; rank 0 holds {report.states}"
     )
     return "\n".join([mesh, *lines])
 

@@ -1,16 +1,28 @@
-"""On a GPU: activation checkpointing with fused attention and our kernels, and moments in host memory."""
+"""On a GPU: activation checkpointing with fused attention and our kernels, moments in host memory, and weights and
+moments in bfloat16."""
+
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
-from moe_trainer.config.schema import LoraConfig, ModelConfig, OptimConfig, Recompute
+from moe_trainer.config.choices import DType, Recompute
+from moe_trainer.config.schema import LoraConfig, ModelConfig, OptimConfig
+from moe_trainer.config.store import compose
+from moe_trainer.config.validate import validate
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.lora import add_adapters
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.optim.adamw import build_adamw, optimizer_tensors
 from moe_trainer.parallel.initialize import initialize
+from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.compare import relative_error
+from moe_trainer.testing.pool import run_distributed
+from moe_trainer.train.memory import states_of
 from moe_trainer.train.recompute import recompute_layers
+from moe_trainer.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -77,3 +89,67 @@ def test_fresh_adapters_add_nothing() -> None:
     lora = LoraConfig(rank=8, targets=["model.layers.*.self_attn.*_proj", "model.layers.*.mlp.experts"])
     expected, found = loss_of(model_on_gpu()), loss_of(model_on_gpu(lora))
     torch.testing.assert_close(found, expected, rtol=2e-2, atol=0)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_gpu_rounds_weights_and_moments_as_a_cpu_does(offload: bool) -> None:
+    """The same random bits; the rest is float32 on both, whose last bit now and then decides a rounding."""
+    found = []
+    for device in ("cuda", "cpu"):
+        torch.manual_seed(0)
+        weight = nn.Parameter(torch.randn(70, 300).bfloat16().to(device))
+        optim = OptimConfig(lr=1e-2, moments_dtype=DType.bfloat16, offload=offload)
+        optimizer = build_adamw([("a.weight", weight)], optim)
+        for step in range(5):
+            grad = torch.randn(70, 300, generator=torch.Generator().manual_seed(step))
+            weight.grad = grad.bfloat16().to(device)
+            optimizer.step(torch.tensor(float("nan") if step == 2 else 0.5, device=device))
+        state = optimizer.state[weight]
+        found.append([tensor.detach().cpu() for tensor in (weight, state["exp_avg"], state["exp_avg_sq"])])
+    for ours, theirs in zip(*found, strict=True):
+        assert ours.dtype is torch.bfloat16
+        assert (ours != theirs).double().mean() < 0.01
+        assert relative_error(ours, theirs) < 1e-3
+
+
+ROUNDED = ["optim.weights_dtype=bfloat16", "optim.moments_dtype=bfloat16"]
+MESHES = {1: ["parallel.tp=1"], 2: ["parallel.tp=1", "parallel.fsdp=2", "parallel.ep=2", "data.micro_batch_size=4"]}
+
+
+def learn(options: list[str], folder: Path) -> tuple[list[float], float, float, set[torch.dtype]]:
+    """Losses of the tiny recipe; bytes a parameter on this rank, found and as the plan says; types of gradients."""
+    world = dist.get_world_size()
+    given = ["+recipe=qwen3_moe_tiny", "device=cuda", f"run_dir={folder}", *MESHES[world], *options]
+    cfg = validate(compose("train", given), world, torch.cuda.device_count())
+    device = torch.device("cuda", dist.get_rank())
+    trainer = Trainer(cfg, device)
+    trainer.start()
+    step, gradients = trainer.optimizer.step, {}
+
+    def watched_step(factor: torch.Tensor) -> None:
+        gradients.update({name: local_part(p.grad) for name, p in trainer.model.named_parameters()})
+        step(factor)
+
+    trainer.optimizer.step = watched_step
+    batches = (trainer.loader.batch(trainer.state.samples).to(device) for _ in range(cfg.steps))
+    losses = torch.stack([trainer.train_step(batch).losses.loss for batch in batches]).tolist()
+    tensors = [*map(local_part, trainer._tensors().values()), *gradients.values()]
+    said = states_of(trainer.model, cfg, trainer.precision, device)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / said.parameters
+    types = {tensor.dtype for name, tensor in gradients.items() if "norm" not in name and "gate.weight" not in name}
+    return losses, held, (said.weights + said.gradients + said.moments) / said.parameters, types
+
+
+@pytest.mark.parametrize("world", MESHES)
+def test_eight_bytes_a_parameter_learn_what_sixteen_do(world: int, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < world:
+        pytest.skip("needs more GPUs")
+    wide, rounded, summed = (
+        run_distributed(learn, world, options, tmp_path, timeout=150, device="cuda")[0]
+        for options in ([], ROUNDED, [*ROUNDED, "data.micro_batch_size=2", "data.global_batch_size=8", "steps=3"])
+    )
+    assert rounded[1] == rounded[2] < 8.1 and summed[1] == summed[2] and 10 < summed[1] < 10.1
+    assert wide[1] == wide[2] <= 16
+    assert rounded[3] == {torch.bfloat16} and summed[3] == {torch.float32}
+    print(f"{world} GPUs: {wide[0][-1]:.4f} with {wide[1]:.1f} bytes, {rounded[0][-1]:.4f} with {rounded[1]:.1f}")
+    assert rounded[0][-1] < 0.05 and abs(rounded[0][50] - wide[0][50]) < 0.1 * wide[0][0]

@@ -6,7 +6,15 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels import stochastic_rounding
+from moe_trainer.kernels.stochastic_rounding import RandomBits
+
 _BLOCK = 1024
+_GAMMA = tl.constexpr(stochastic_rounding.GAMMA)
+_MIX1 = tl.constexpr(stochastic_rounding.MIX1)
+_MIX2 = tl.constexpr(stochastic_rounding.MIX2)
+_EXP_AVG_BITS = tl.constexpr(stochastic_rounding.EXP_AVG_BITS)
+_EXP_AVG_SQ_BITS = tl.constexpr(stochastic_rounding.EXP_AVG_SQ_BITS)
 
 
 def adamw_(
@@ -20,15 +28,15 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
-    number: int = 0,
+    random_bits: RandomBits,
 ) -> None:
-    """As `optim.adamw.AdamW.step` for one tensor; all four contiguous, of one shape.
+    """As `optim.adamw.AdamW.step` for one tensor; all four contiguous, of one shape, each float32 or bfloat16. What
+    is stored in bfloat16 is rounded to it at random.
 
     Args:
-        exp_avg, exp_avg_sq: float32, or bfloat16, to which they are rounded at random (`stochastic_rounding`).
         step: scalar, the steps taken with this one.
         factor: scalar that multiplies the gradient as it is read; where it is not finite nothing changes.
-        number: of the tensor among others; the random bits are a function of it and of the step.
+        random_bits: of these elements.
     """
     size = weight.numel()
     if size:
@@ -46,15 +54,18 @@ def adamw_(
             *logs,
             eps,
             weight_decay,
-            number,
+            random_bits.tag,
+            random_bits.start,
+            *random_bits.sizes[1:],
+            *random_bits.strides[:2],
             size,
-            exp_avg.dtype is torch.bfloat16,
+            random_bits.is_in_one_piece,
             _BLOCK,
             num_warps=4,
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tag", "start"])
 def _adamw(
     weight,
     grad,
@@ -69,9 +80,14 @@ def _adamw(
     log_beta2,
     eps,
     decay,
-    number,
+    tag,
+    start,
+    rows,
+    run,
+    outer_stride,
+    row_stride,
     size,
-    ROUND: tl.constexpr,
+    IN_ONE_PIECE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     scale = tl.load(factor)
@@ -87,18 +103,31 @@ def _adamw(
         # In float64: one minus nearly one.
         correction1 = (1 - tl.exp(count.to(tl.float64) * log_beta1)).to(tl.float32)
         correction2 = (1 - tl.exp(count.to(tl.float64) * log_beta2)).to(tl.float32)
-        w = tl.load(weight + at, mask=inside)
+        w = tl.load(weight + at, mask=inside).to(tl.float32)
         w -= lr * decay * w
         w -= lr / correction1 * m / (tl.sqrt(v / correction2) + eps)
-        tl.store(weight + at, w, mask=inside)
-        if ROUND:
-            bits = tl.randint(count.to(tl.int32) * 65521 + number, at).to(tl.int32)  # each half is noise for one
-            m, v = _round(m, bits), _round(v, bits >> 16)
-        tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=inside)
-        tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=inside)
+        place = at
+        if not IN_ONE_PIECE:
+            row = at // run
+            place = row // rows * outer_stride + row % rows * row_stride + at % run
+        bits = _mix((place + start) * _GAMMA + _mix(count.to(tl.int64) * 4294967296 + tag))
+        _store(weight + at, w, bits, inside)
+        _store(exp_avg + at, m, bits >> _EXP_AVG_BITS, inside)
+        _store(exp_avg_sq + at, v, bits >> _EXP_AVG_SQ_BITS, inside)
 
 
 @triton.jit
-def _round(x, noise):
-    """As `stochastic_rounding.round_stochastically`, still float32; 16 bits of the noise count."""
-    return ((x.to(tl.int32, bitcast=True) + (noise & 0xFFFF)) & -65536).to(tl.float32, bitcast=True)
+def _mix(x):
+    """As in `stochastic_rounding`."""
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * _MIX1
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * _MIX2
+    return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+@triton.jit
+def _store(pointers, x, bits, inside):
+    """Bfloat16 as `stochastic_rounding.round_stochastically` has it."""
+    if pointers.dtype.element_ty == tl.bfloat16:
+        noise = (bits & 0xFFFF).to(tl.int32)
+        x = ((x.to(tl.int32, bitcast=True) + noise) & -65536).to(tl.float32, bitcast=True)
+    tl.store(pointers, x.to(pointers.dtype.element_ty), mask=inside)

@@ -7,7 +7,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
-from moe_trainer.config.schema import DType, OptimConfig
+from moe_trainer.config.choices import DType
+from moe_trainer.config.schema import OptimConfig
 from moe_trainer.optim.adamw import build_adamw, optimizer_tensors, set_optimizer_step
 from moe_trainer.optim.schedule import set_learning_rate
 from moe_trainer.parallel.shards import local_box
@@ -211,3 +212,64 @@ def test_rounded_moments_learn_as_well() -> None:
     spread = max(wide) - min(wide)
     assert abs(sum(rounded) - sum(wide)) / 4 < spread
     assert rounded == [distance(BF16, seed) for seed in range(4)]  # rounded at random, and the same every time
+
+
+def rounded_leaf(size: int) -> Leaf:
+    torch.manual_seed(0)
+    return Leaf(size).bfloat16()
+
+
+def test_rounded_weights_take_steps_below_their_precision() -> None:
+    """Each of 200 steps is a twentieth or less of what lies between two bfloat16 numbers; rounded to the nearest, no
+    weight would ever move."""
+    model = rounded_leaf(4096)
+    model.weight.data.abs_().clamp_(0.5, 0.99)  # 2**-8 between neighbours
+    before = model.weight.detach().double()
+    optim = OptimConfig(lr=2e-4, weight_decay=0.0, moments_dtype=BF16)
+    optimizer = build_adamw(model.named_parameters(), optim)
+    for _ in range(200):
+        model.weight.grad = torch.full_like(model.weight, -1.0)
+        optimizer.step(ONE)
+    assert model.weight.dtype is torch.bfloat16
+    moved = model.weight.detach().double() - before
+    assert abs(moved.mean().item() - 200 * 2e-4) < 5e-4
+    assert moved.unique().numel() > 3
+
+
+def test_one_step_of_rounded_weights_is_right_on_average() -> None:
+    """Against float64: never farther than the next bfloat16, and in the mean over many names the exact value."""
+    size, many = 400, 100
+    grad = torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16()
+    exact = rounded_leaf(size).weight.detach().double().requires_grad_()
+    reference = torch.optim.AdamW([exact], lr=1e-2, betas=(0.9, 0.95), weight_decay=0.3)
+    exact.grad = 0.5 * grad.double()
+    reference.step()
+    found = []
+    for number in range(many):
+        weight = rounded_leaf(size).weight
+        optimizer = build_adamw(
+            [(f"model.{number}.weight", weight)], OptimConfig(lr=1e-2, decay_all=True, weight_decay=0.3)
+        )
+        assert optimizer.state[weight]["exp_avg"].dtype is torch.float32
+        weight.grad = grad.clone()
+        optimizer.step(torch.tensor(0.5))
+        found.append(weight.detach().double())
+    between = 2.0 ** (exact.detach().abs().log2().floor() - 7)
+    assert ((torch.stack(found) - exact).abs() < between * 1.001).all()
+    error = (torch.stack(found).mean(0) - exact.detach()) / between
+    assert error.abs().max() < 5 * 0.5 / many**0.5
+    assert error.mean().abs() < 5 * 0.5 / (many * size) ** 0.5
+
+
+def test_a_skipped_step_rounds_nothing() -> None:
+    model = rounded_leaf(512)
+    optimizer = build_adamw(model.named_parameters(), OptimConfig(moments_dtype=BF16))
+    states = []
+    for factor in (1.0, float("nan")):
+        model.weight.grad = torch.randn(512).bfloat16()
+        optimizer.step(torch.tensor(factor))
+        states.append(
+            [model.weight.detach().clone(), *(value.clone() for value in optimizer.state[model.weight].values())]
+        )
+    assert all(torch.equal(before, after) for before, after in zip(*states, strict=True))
+    assert list(optimizer.state) == [model.weight] and len(optimizer.param_groups) == 1

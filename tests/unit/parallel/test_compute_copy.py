@@ -20,9 +20,9 @@ def master_of(values: torch.Tensor) -> nn.Parameter:
     return nn.Parameter(DTensor.from_local(values, mesh, [Shard(0)], run_check=False))
 
 
-def micro_batches(has_kernel: bool) -> list[tuple[torch.dtype, torch.Tensor]]:
+def micro_batches(has_kernel: bool, dtype: torch.dtype) -> list[tuple[torch.dtype, torch.Tensor]]:
     """Type and local part of the master's gradient after each of three; what the third adds is below bfloat16."""
-    master = master_of(torch.ones(2, 3))
+    master = master_of(torch.ones(2, 3, dtype=dtype))
     seen = []
     with patch.object(module, "has_kernel", lambda x: has_kernel):
         for scale in (256.0, 1.0, 1.0):
@@ -31,11 +31,12 @@ def micro_batches(has_kernel: bool) -> list[tuple[torch.dtype, torch.Tensor]]:
     return seen
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 @pytest.mark.parametrize("has_kernel", (False, True))
-def test_gradients_are_summed_in_the_masters_type(has_kernel: bool) -> None:
-    first, second, third = run_distributed(micro_batches, 1, has_kernel)[0]
+def test_gradients_are_summed_in_float32(has_kernel: bool, dtype: torch.dtype) -> None:
+    first, second, third = run_distributed(micro_batches, 1, has_kernel, dtype)[0]
     # Alone it stays what the products gave, where kernels take it; 256 + 1 is 256 in bfloat16.
-    assert first[0] is (torch.bfloat16 if has_kernel else torch.float32)
+    assert first[0] is (torch.bfloat16 if has_kernel else dtype)
     assert (second[0], third[0]) == (torch.float32, torch.float32)
     assert [values.unique().tolist() for _, values in (first, second, third)] == [[256.0], [257.0], [258.0]]
 
