@@ -1,17 +1,13 @@
 """Blocks of a checkpoint's tensors, read by one process without the rest of them.
 
 DCP reads whatever one rank saved of a tensor whole, even for a few rows of it. Here only the wanted rows are read, a
-few megabytes at a time, so an export needs no more than the tensor it is writing. They are read, not mapped into
-memory: a mapped file that somebody cuts short takes the whole process down with SIGBUS.
+few megabytes at a time, so an export needs no more than the tensor it is writing.
 """
 
-import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
-import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -19,11 +15,9 @@ from torch.distributed.checkpoint.utils import _create_file_view
 
 from moe_trainer.checkpoint.agreement import describe_error
 from moe_trainer.checkpoint.sharded import read_metadata
+from moe_trainer.checkpoint.stored import StoredBlock, read_block
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.parallel.shards import Box
-
-_BUFFER_BYTES = 8 << 20
-"""Read at a time."""
 
 
 class StoredBlocks:
@@ -38,7 +32,7 @@ class StoredBlocks:
         self._folder = folder
         self._metadata = read_metadata(folder)
         self._files: dict[str, BinaryIO] = {}
-        self._chunks: dict[MetadataIndex, _Stored] = {}
+        self._chunks: dict[MetadataIndex, StoredBlock] = {}
         for name in names:
             entry = self._metadata.state_dict_metadata[name]
             for chunk in entry.chunks:
@@ -61,9 +55,9 @@ class StoredBlocks:
                 continue
             stored = self._chunks[MetadataIndex(name, chunk.offsets)]
             place = out[_shifted(starts, stops, [part.start for part in box])]
-            _read(stored, _shifted(starts, stops, chunk.offsets), entry.properties.dtype, place)
+            read_block(stored, _shifted(starts, stops, chunk.offsets), place)
 
-    def _locate(self, index: MetadataIndex, sizes: torch.Size, dtype: torch.dtype) -> "_Stored":
+    def _locate(self, index: MetadataIndex, sizes: torch.Size, dtype: torch.dtype) -> StoredBlock:
         """Where what one rank saved of a tensor lies in its file.
 
         DCP writes one after the other what `torch.save` makes of each tensor.
@@ -83,50 +77,8 @@ class StoredBlocks:
         start = saved.untyped_storage()._checkpoint_offset + saved.storage_offset() * dtype.itemsize
         if start < 0 or start + saved.numel() * dtype.itemsize > info.length:
             raise ValueError(f"{index.fqn} leads outside of its part of the file")
-        return _Stored(path, file.fileno(), info.offset + start, tuple(sizes))
-
-
-class _Stored(NamedTuple):
-    """A block in a file: its values one after the other, the last dim fastest."""
-
-    path: Path
-    descriptor: int
-    offset: int
-    sizes: tuple[int, ...]
+        return StoredBlock(path, file.fileno(), info.offset + start, tuple(sizes), dtype)
 
 
 def _shifted(starts: Sequence[int], stops: Sequence[int], origin: Sequence[int]) -> Box:
     return tuple(slice(start - zero, stop - zero) for start, stop, zero in zip(starts, stops, origin, strict=True))
-
-
-def _read(stored: _Stored, part: Box, dtype: torch.dtype, place: torch.Tensor) -> None:
-    """A part of the block into `place`, a buffer at a time."""
-    width = dtype.itemsize
-    if not stored.sizes:
-        place.copy_(_values(stored, 0, 1, dtype).view(()))
-        return
-    row, (first, *others) = math.prod(stored.sizes[1:]), part
-    rows = _BUFFER_BYTES // (row * width)
-    if rows == 0 and others:
-        for number in range(first.start, first.stop):
-            below = stored._replace(offset=stored.offset + number * row * width, sizes=stored.sizes[1:])
-            _read(below, tuple(others), dtype, place[number - first.start])
-        return
-    rows = max(1, rows)
-    for start in range(first.start, first.stop, rows):
-        stop = min(start + rows, first.stop)
-        here, shape = place[start - first.start : stop - first.start], (-1, *stored.sizes[1:])
-        # Not kept under a name, which would hold two buffers at a time.
-        here.copy_(_values(stored, start * row, stop * row, dtype).view(shape)[(slice(None), *others)])
-
-
-def _values(stored: _Stored, start: int, stop: int, dtype: torch.dtype) -> torch.Tensor:
-    """Values number `start` to `stop` of a block."""
-    values = np.empty(stop - start, f"i{dtype.itemsize}")
-    raw, done = memoryview(values).cast("B"), 0
-    while done < len(raw):
-        read = os.preadv(stored.descriptor, [raw[done:]], stored.offset + start * dtype.itemsize + done)
-        if not read:
-            raise ConfigError(f"{stored.path} is shorter than it was: it was changed while it was read")
-        done += read
-    return torch.from_numpy(values).view(dtype)

@@ -7,17 +7,17 @@ import json
 from collections.abc import Callable, Collection, Mapping, Sequence, Set
 from contextlib import ExitStack
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from moe_trainer.checkpoint.agreement import agreed
 from moe_trainer.checkpoint.decode import read_decoded, stored_as
 from moe_trainer.checkpoint.sharded import refuse_interleaved
+from moe_trainer.checkpoint.stored import SafetensorsFile, read_block
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.models.keymap import (
     UNREAD,
+    Encoding,
     KeyMap,
     Piece,
     file_order,
@@ -80,8 +80,12 @@ def _fill(local: torch.Tensor, box: Box, piece: Piece, shape: Sequence[int], fil
     ]
     for dim in set(range(len(place))) - set(kept):
         place[dim] = common[dim].start - box[dim].start
+    here = local[tuple(place)]
     with torch.no_grad():
-        local[tuple(place)].copy_(_read(piece, wanted, files))  # casts
+        if piece.encoding is Encoding.plain and all(part.step in (None, 1) for part in wanted):
+            files.read_into(piece.key, file_order(piece, wanted), here.mT if piece.transposed else here)
+        else:
+            here.copy_(_read(piece, wanted, files))  # casts
 
 
 def _part(source: slice, start: int, stop: int) -> slice:
@@ -91,7 +95,7 @@ def _part(source: slice, start: int, stop: int) -> slice:
 
 
 def _read(piece: Piece, wanted: Box, files: "HubFiles") -> torch.Tensor:
-    """safetensors reads no steps: what lies between is read too, and left out here."""
+    """Steps are not read: what lies between is read too, and left out here."""
     whole = tuple(slice(part.start, part.stop) for part in wanted)
     value = read_decoded(files.read, piece.key, piece.encoding, file_order(piece, whole))
     if piece.transposed:
@@ -148,13 +152,12 @@ def _check_twin(folder: Path, files: "HubFiles", piece: Piece, box: Box) -> None
 
 
 class HubFiles:
-    """The tensors of a folder, by name; files are opened when first needed."""
+    """The tensors of a folder, by name."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self._stack = stack
-        self._handles = {path: self._open(path) for path in _paths(folder)}
-        self._where = {key: path for path, handle in self._handles.items() for key in handle.keys()}
-        counted = sum(len(handle.keys()) for handle in self._handles.values())
+        self._files = {path: SafetensorsFile(path, stack) for path in _paths(folder)}
+        self._where = {key: path for path, file in self._files.items() for key in file.keys()}
+        counted = sum(len(file.keys()) for file in self._files.values())
         if counted != len(self._where):
             raise ConfigError(f"{folder}: two files hold a tensor of the same name")
         if (folder / INDEX).exists():
@@ -167,22 +170,18 @@ class HubFiles:
 
     def describe(self, key: str) -> tuple[tuple[int, ...], str]:
         """Shape and safetensors dtype."""
-        stored = self._handles[self._where[key]].get_slice(key)
-        return tuple(stored.get_shape()), stored.get_dtype()
+        return self._files[self._where[key]].describe(key)
 
     def read(self, key: str, box: Box) -> torch.Tensor:
-        """One block of a tensor; no other bytes of it are read."""
-        try:
-            stored = self._handles[self._where[key]].get_slice(key)
-            return stored[box]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ConfigError(f"{self._where[key]} cannot be read: {error}") from error
+        """One block of a tensor, in its own type."""
+        stored = self._files[self._where[key]].block(key)
+        out = torch.empty([part.stop - part.start for part in box], dtype=stored.dtype)
+        read_block(stored, box, out)
+        return out
 
-    def _open(self, path: Path) -> Any:
-        try:
-            return self._stack.enter_context(safe_open(path, framework="pt", device="cpu"))
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ConfigError(f"{path} is missing, truncated or damaged: {error}") from error
+    def read_into(self, key: str, box: Box, out: torch.Tensor) -> None:
+        """Copy one block of a tensor into `out`, of its shape and any type."""
+        read_block(self._files[self._where[key]].block(key), box, out)
 
     def _compare_index(self, folder: Path, weight_map: Mapping[str, str]) -> None:
         wrong = [key for key, file in weight_map.items() if self._where.get(key) != folder / file]

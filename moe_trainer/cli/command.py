@@ -9,8 +9,8 @@ from types import FrameType
 
 from moe_trainer.cli.launch import end_with_parent, launch_folder, report_to_launcher, was_launched
 from moe_trainer.cli.whereabouts import leave_on_sigterm, note_whereabouts
+from moe_trainer.config.choices import DeviceName
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DeviceName
 
 
 def run_command(name: str, body: Callable[[], int]) -> int:
@@ -32,22 +32,43 @@ def run_command(name: str, body: Callable[[], int]) -> int:
             report_to_launcher(line)
         elif is_first_rank():
             print(line, file=sys.stderr)
+        _leave_others_alone(2)
         return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:
-        if not was_launched():
-            raise
         folder = launch_folder()
         if folder is not None:
             note_whereabouts(folder, traceback.extract_tb(error.__traceback__))
-        report_to_launcher(traceback.format_exc())
-        # At once: gloo's threads abort a process that unloads them while its group is in a collective.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(1)
+        if was_launched():
+            report_to_launcher(traceback.format_exc())
+        elif _is_in_a_group():
+            traceback.print_exc()
+        _leave_others_alone(1)
+        if was_launched():
+            return 1
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _leave_others_alone(code: int) -> None:
+    """End this process at once if it is one of several ranks that have met; they may be in a collective.
+
+    gloo's threads abort a process that unloads them while its group is in a collective, and NCCL waits for the rest.
+    """
+    if _is_in_a_group():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _is_in_a_group() -> bool:
+    if "torch.distributed" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_initialized() and dist.get_world_size() > 1
 
 
 def is_first_rank() -> bool:

@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
-from moe_trainer.cli.whereabouts import describe_ranks
+from moe_trainer.cli.whereabouts import NCCL_DUMP, describe_ranks
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -97,6 +97,9 @@ def _launch(module: str, start: Start, lets_finish: bool) -> Outcome:
         env = dict(os.environ, **start.env, **{_MARK: "1", _FOLDER: name})
         env.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // start.nproc)))
         env.setdefault("TORCH_FR_BUFFER_SIZE", "200")  # the flight recorder: some hundred bytes a collective
+        env.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(folder / NCCL_DUMP))
+        env.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        env.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "2000")
         agent = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments], env=env, stdin=subprocess.DEVNULL, start_new_session=True
         )

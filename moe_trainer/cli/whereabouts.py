@@ -7,6 +7,7 @@ in vain, because the rank that is told of in an error is seldom the one that was
 import faulthandler
 import json
 import os
+import pickle
 import re
 import signal
 import sys
@@ -14,7 +15,10 @@ import threading
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+NCCL_DUMP = "nccl_rank"
+"""Beginning of the name, before the rank, of what NCCL's flight recorder leaves when a collective times out."""
 _SECONDS_TO_UNWIND = 0.5
 _SECONDS_TO_END = 4.0
 _OWN_LINE = re.compile(
@@ -88,6 +92,8 @@ def describe_ranks(folder: Path, world_size: int) -> list[str]:
             note = {}
         if "where" not in note and (match := _OWN_LINE.search(_read(folder / f"rank{rank}.stack"))):
             note["where"] = f"{match['file']}:{match['line']} {match['name']}"
+        if not note.get("collective"):
+            note["collective"] = _described(_dumped(folder / f"{NCCL_DUMP}{rank}"))
         last = f", last collective {note['collective']}" if note.get("collective") else ""
         lines.append(f"  rank {rank}: step {step}, at {note.get('where', 'an unknown place')}{last}")
     return lines
@@ -101,15 +107,40 @@ def _read(path: Path) -> str:
 
 
 def _last_collective() -> str | None:
-    """From PyTorch's flight recorder, where it is on: name, number and group."""
+    """From PyTorch's flight recorders, where they are on: name, number and group."""
     if "torch" not in sys.modules:
         return None
-    try:
-        from torch._C._distributed_c10d import _dump_fr_trace_json
+    from torch._C import _distributed_c10d as c10d
 
-        entries = json.loads(_dump_fr_trace_json())["entries"]
+    entries: list[dict[str, Any]] = []
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):  # NCCL has one of its own; the other is gloo's
+        try:
+            entries += json.loads(getattr(c10d, name)())["entries"]
+        except Exception:  # another version, another recorder, none: it is only a hint
+            continue
+    return _described(entries)
+
+
+def _described(entries: list[dict[str, Any]]) -> str | None:
+    try:
         last = max(entries, key=lambda entry: entry["time_created_ns"])
         name, number = last["profiling_name"], last["collective_seq_id"]
         return f"{name} #{number} of {last['process_group'][1] or last['process_group'][0]}, {last['state']}"
-    except Exception:  # another version, another recorder, none: it is only a hint
+    except (ValueError, LookupError, TypeError):
         return None
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Of numbers, texts and what holds them, which is all that a flight recorder writes."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        raise pickle.UnpicklingError(f"{module}.{name} is not plain data")
+
+
+def _dumped(path: Path) -> list[dict[str, Any]]:
+    """What NCCL wrote before it ended the process."""
+    try:
+        with path.open("rb") as file:
+            return _PlainUnpickler(file).load()["entries"]
+    except Exception:  # none, or one that was cut short, which raises almost anything
+        return []

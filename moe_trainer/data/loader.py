@@ -144,6 +144,17 @@ class Loader:
             return self._dealt[1]
         return self._num_labels(self._samples(position))
 
+    def places(self, position: int) -> list[dict[str, list[int] | int]]:
+        """Which samples `batch` is made of at this position: micro-batch, source, and what `Samples.place` says."""
+        samples, size = self._samples(position), self.micro_batch_size
+        places = []
+        for row, place in enumerate(self._rows()):
+            if place < len(samples):
+                source, index = samples[place]
+                where = {"micro_batch": row // size + 1, "position": position + place, "source": source}
+                places.append(where | {"sample": index} | self.sources[source].place(index))
+        return places
+
     def fingerprint(self) -> str:
         """Tells changed data, shares or cuts of it on resume; the seed, batch sizes and ranks do not matter."""
         prints = [source.fingerprint() for source in self.sources]
@@ -161,11 +172,15 @@ class Loader:
             indices = places - np.concatenate(([0], ends))[sources]
         return list(zip(sources.tolist(), indices.tolist(), strict=True))
 
-    def _deal(self, position: int) -> tuple[Batch, int]:
-        samples = self._samples(position)
+    def _rows(self) -> list[int]:
+        """The places of this rank's samples in a global batch."""
         size = self.micro_batch_size
         micro_batches = range(self.data_rank, self.global_batch_size // size, self.data_size)
-        places = [number * size + offset for number in micro_batches for offset in range(size)]
+        return [number * size + offset for number in micro_batches for offset in range(size)]
+
+    def _deal(self, position: int) -> tuple[Batch, int]:
+        samples = self._samples(position)
+        places = self._rows()
         inputs = np.zeros((len(places), self.seq_len), dtype=np.int64)
         labels = np.full_like(inputs, IGNORED)
         documents = np.zeros(inputs.shape, dtype=np.int32)

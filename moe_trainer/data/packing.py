@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from moe_trainer.config.choices import Packing
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Packing
 from moe_trainer.data.order import ORDER
 from moe_trainer.data.shards import Shard
 
@@ -91,6 +91,14 @@ class Samples:
             documents[:length] = numbers[:-1]
             documents[length:] = numbers[-2]
         return Sample(inputs, labels, documents)
+
+    def place(self, index: int) -> dict[str, list[int] | int]:
+        """Where the sample lies, all numbers from 0 on: its shard, and there the first and last document that it
+        touches and the tokens from its first input to its last label, the end excluded."""
+        shard, start, stop = self._stretch(index)
+        first, last = np.searchsorted(shard.ends, (start, stop - 1), side="right").tolist()
+        number = next(number for number, other in enumerate(self.shards) if other is shard)
+        return {"shard": number, "documents": [first, last], "tokens": [start, stop]}
 
     def num_labels(self, index: int) -> int:
         """Labels of the sample that are learned, found without its tokens."""

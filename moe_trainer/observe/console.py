@@ -34,6 +34,8 @@ _COLUMNS = (
 )
 _VISIBLE_WAIT = 0.02
 """Share of a step from which the wait for data is shown."""
+_VISIBLE_LATENESS = 1.2
+"""How much longer than the rank in the middle the slowest is busy, from which it is shown."""
 
 
 class ConsoleSink:
@@ -41,7 +43,8 @@ class ConsoleSink:
 
     On a terminal, a progress bar with the time left above the last step's metrics; validation lines stay above it.
     Elsewhere one aligned line a step: of the training steps the first, each `every`-th and the last; a validation
-    line always. The wait for data and the counts of skipped steps and of spikes show where there are any.
+    line always. The wait for data and the counts of skipped steps and of spikes show where there are any,
+    and so does a rank that the others wait for.
     """
 
     def __init__(self, total_steps: int, start_step: int, every: int, console: Console | None = None) -> None:
@@ -101,4 +104,7 @@ def _parts(metrics: Metrics) -> list[str]:
     for name, label in (("skipped_steps", "skipped"), ("grad_spikes", "spikes")):
         if metrics.get(name, 0) > 0:
             parts.append(f"{label} {metrics[name]:.0f}")
+    if metrics.get("slowest_over_median", 0) > _VISIBLE_LATENESS:
+        for_data = f", {metrics['slowest_data_share']:.0%} of it for data" * (metrics["slowest_data_share"] > 0.5)
+        parts.append(f"rank {metrics['slowest_rank']:.0f} takes {metrics['slowest_over_median']:.1f} x{for_data}")
     return parts

@@ -2,7 +2,8 @@
 
 Of a step: `loss aux_loss z_loss grad_norm lr tokens seconds data_seconds skipped_steps tokens_per_second
 tokens_per_second_per_gpu tflops_per_gpu mfu memory_gib expert_load_max_over_mean dead_experts expert_load_entropy`
-and, each `logging.load_every` steps, `router_entropy expert_load`. Of an evaluation: `val_loss` and its like.
+and, each `logging.load_every` steps, `router_entropy expert_load` and, of an earlier such step,
+`slowest_rank slowest_over_median slowest_data_share`. Of an evaluation: `val_loss` and its like.
 """
 
 import math
@@ -14,7 +15,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from moe_trainer.config.schema import Config, WandbMode
+from moe_trainer.config.choices import WandbMode
+from moe_trainer.config.schema import Config
 from moe_trainer.models.router import Routing
 from moe_trainer.observe.console import ConsoleSink
 from moe_trainer.observe.log import get_logger

@@ -11,7 +11,7 @@ import numpy as np
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.plain_yaml import read_leaves
 from moe_trainer.observe.page import MARK, page
-from moe_trainer.observe.sinks import read_metrics
+from moe_trainer.observe.sinks import finite_json, read_metrics
 
 REPORT = "report.html"
 MAX_POINTS = 1000
@@ -67,16 +67,7 @@ def load_run(folder: Path) -> dict[str, Any]:
         "environment": _read(environment, _read_lines) if environment.is_file() else [],
         **_read(metrics, lambda path: _curves(read_metrics(path), settings)),
     }
-    return _finite(run)
-
-
-def _finite(value: Any) -> Any:
-    """JSON has neither infinity nor NaN: what is not finite is said in words."""
-    if isinstance(value, dict):
-        return {key: _finite(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [_finite(part) for part in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return finite_json(run)
 
 
 def thin_out(steps: np.ndarray, values: np.ndarray, max_points: int = MAX_POINTS) -> Series:

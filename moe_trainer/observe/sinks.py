@@ -151,6 +151,15 @@ def drop_torn_line(path: Path) -> None:
         file.truncate(content.rfind(b"\n") + 1)
 
 
+def finite_json(value: Any) -> Any:
+    """The value as JSON can say it, which has neither infinity nor NaN: those become words, at any depth."""
+    if isinstance(value, Mapping):
+        return {key: finite_json(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [finite_json(part) for part in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 

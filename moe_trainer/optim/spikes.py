@@ -1,11 +1,12 @@
 """Steps whose gradients are not finite, or far larger than those before: decided and counted on the device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
+from moe_trainer.config.choices import OnSpike
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import OnSpike, OptimConfig
+from moe_trainer.config.schema import OptimConfig
 
 _MEMORY = 0.97
 """Decay of the running mean and variance."""
@@ -74,8 +75,11 @@ class SkipLimit:
         self._most, self._every = most, every
         self._copy: tuple[torch.Tensor, torch.cuda.Event | None] | None = None
 
-    def check(self, step: int, skipped_in_a_row: torch.Tensor) -> None:
+    def check(self, step: int, skipped_in_a_row: torch.Tensor, dump: Callable[[], str]) -> None:
         """After each step, on every rank alike.
+
+        Args:
+            dump: called once the run is to end, after a step that was skipped; its result ends the message.
 
         Raises:
             ConfigError: more steps in a row were skipped than may be.
@@ -86,12 +90,16 @@ class SkipLimit:
         values, passed = self._copy if self._copy[1] is None else before or (None, None)
         if passed is not None:
             passed.synchronize()
-        if values is not None and values.item() >= self._most:
-            raise ConfigError(
-                f"optim.max_skipped_steps={self._most}: by step {step}, {values.item():.0f} steps in a row had "
-                "gradients that are not finite or spike, and moved nothing; go on from an earlier checkpoint with a "
-                "lower optim.lr, and look at the data of these steps"
-            )
+        if values is None or values.item() < self._most:
+            return
+        now = skipped_in_a_row.item()  # since the copy began steps were taken, and may have moved something
+        if now < self._most:
+            return
+        raise ConfigError(
+            f"optim.max_skipped_steps={self._most}: by step {step}, {now:.0f} steps in a row had gradients that are "
+            "not finite or spike, and moved nothing; go on from an earlier checkpoint with a lower optim.lr, and "
+            f"look at the data of these steps; {dump()}"
+        )
 
 
 def _begin_copy(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:

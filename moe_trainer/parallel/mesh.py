@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 
 from moe_trainer.config.schema import ParallelConfig
 
@@ -62,6 +64,7 @@ class Meshes:
 def build_meshes(parallel: ParallelConfig, device_type: str) -> Meshes:
     """Lay the ranks of the default process group out; `parallel` has concrete sizes (fsdp > 0, ep set).
 
+    The groups of all axes wait for a rank as long as the default group does.
     The expert view exists only under expert parallelism; otherwise the experts live on the dense mesh.
     """
     world = parallel.dp_replicate * parallel.fsdp * parallel.tp
@@ -75,7 +78,12 @@ def build_meshes(parallel: ParallelConfig, device_type: str) -> Meshes:
 
 def _mesh(device_type: str, **sizes: int) -> DeviceMesh:
     axes = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
-    return init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
+    # Groups of an axis have PyTorch's time-out of 10 or 30 minutes, whatever the world was given.
+    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
+    for group in mesh.get_all_groups():
+        _set_pg_timeout(timeout, group)
+    return mesh
 
 
 def _data_axes(mesh: DeviceMesh, shard_axis: str) -> DeviceMesh:

@@ -9,8 +9,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from moe_trainer.config.choices import DeviceName
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import DeviceName
+from moe_trainer.parallel.rendezvous import is_shared_store, store_of_this_start
 
 
 @contextmanager
@@ -40,7 +41,7 @@ def process_group(device: DeviceName, timeout_seconds: float = 1800.0) -> Iterat
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     if "WORLD_SIZE" in os.environ:
         try:
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+            _init(backend, timeout_seconds)
         except dist.DistNetworkError as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             said = str(error).splitlines()[0]
@@ -55,3 +56,12 @@ def process_group(device: DeviceName, timeout_seconds: float = 1800.0) -> Iterat
         # After an exception other ranks may be in a collective, which leaving in good order would wait for.
         if is_whole or dist.get_world_size() == 1:
             dist.destroy_process_group()
+
+
+def _init(backend: str, timeout_seconds: float) -> None:
+    timeout = timedelta(seconds=timeout_seconds)
+    if not is_shared_store():
+        dist.init_process_group(backend, timeout=timeout)
+        return
+    store, rank, world_size = store_of_this_start(timeout_seconds), int(os.environ["RANK"]), os.environ["WORLD_SIZE"]
+    dist.init_process_group(backend, store=store, rank=rank, world_size=int(world_size), timeout=timeout)

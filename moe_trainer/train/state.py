@@ -1,7 +1,7 @@
 """Where a run stands: a few integers, from which data order, learning rate and random streams follow."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 
 from moe_trainer.config.errors import ConfigError
 
@@ -34,6 +34,10 @@ class TrainState:
         self.step += 1
         self.samples += samples
         self.tokens += tokens
+
+    def before(self, samples: int, tokens: int) -> "TrainState":
+        """As it was before the last `advance` with these."""
+        return replace(self, step=self.step - 1, samples=self.samples - samples, tokens=self.tokens - tokens)
 
     def to_json(self, **facts: object) -> str:
         """The state, and facts about the run that wrote it, for people; an enum is its value."""

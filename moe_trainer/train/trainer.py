@@ -4,6 +4,7 @@ import gc
 import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,8 +22,9 @@ from moe_trainer.checkpoint.manager import (
 )
 from moe_trainer.checkpoint.resume import Identity, check_changes
 from moe_trainer.checkpoint.sharded import load_tensors, stored_tensors
+from moe_trainer.config.choices import Compute, OnFailure
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Config, OnFailure
+from moe_trainer.config.schema import Config
 from moe_trainer.config.store import to_yaml
 from moe_trainer.data.build import build_loader
 from moe_trainer.data.loader import Batch
@@ -40,20 +42,27 @@ from moe_trainer.optim.schedule import learning_rate, set_learning_rate
 from moe_trainer.optim.spikes import SkipLimit, SpikeGuard
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_factor, grad_norm
+from moe_trainer.parallel.compute_copy import widen_gradients
 from moe_trainer.parallel.cross_entropy import IGNORED_LABEL
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.heartbeat import Heartbeat
 from moe_trainer.parallel.initialize import initialize, initialize_adapters
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.precision import resolve_precision
-from moe_trainer.parallel.replicas import differing_replicas
+from moe_trainer.parallel.replicas import check_replicas
+from moe_trainer.parallel.shards import local_box
+from moe_trainer.train.balance import balance_experts
+from moe_trainer.train.dump import dump_skipped_step
 from moe_trainer.train.evaluate import build_held_out, evaluate
+from moe_trainer.train.fp8 import compute_in_fp8
 from moe_trainer.train.loss import Losses, LossFn
-from moe_trainer.train.memory import explain_out_of_memory, is_out_of_memory
+from moe_trainer.train.memory import explain_out_of_memory, is_out_of_memory, states_of
 from moe_trainer.train.recompute import recompute_layers
+from moe_trainer.train.replay import take_twice
 from moe_trainer.train.report import RunReport, StepMetrics
 from moe_trainer.train.state import TrainState
 from moe_trainer.train.stop import StopRequest
+from moe_trainer.train.stragglers import Stragglers
 
 _logger = get_logger(__name__)
 
@@ -65,12 +74,14 @@ class Trainer:
         self.cfg = cfg
         self.device = device
         self.meshes = build_meshes(cfg.parallel, device.type)
-        self.precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, device)
+        self.precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, device, cfg.optim.weights_dtype)
         self.loader, self.tokenizer = build_loader(
             cfg, cfg.model.vocab_size, self.meshes.data_rank, self.meshes.data_size
         )
         self.held_out = build_held_out(cfg, self.meshes.data_rank, self.meshes.data_size)
         self.model, context = build_model(cfg.model, cfg.parallel, self.meshes, self.precision.master, cfg.lora)
+        if cfg.compute is Compute.fp8:
+            compute_in_fp8(self.model, device)
         recompute_layers(self.model, cfg.recompute)
         shard_over_data(self.model, self.meshes, self.precision, cfg.parallel.reshard_after_forward)
         self.model.to_empty(device=device)
@@ -83,8 +94,9 @@ class Trainer:
             z_coef=cfg.optim.z_coef,
             aux_scope=cfg.optim.aux_scope,
         )
-        self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim)
+        self.optimizer = build_adamw(self.model.named_parameters(), cfg.optim, local_box)
         self.spikes = SpikeGuard(cfg.optim, device)
+        self.stragglers = Stragglers(cfg, device)
         self.num_sparse_layers = cfg.model.num_layers - len(cfg.model.dense_layers)
         self.biased_routers = [m for m in self.model.modules() if isinstance(m, GroupedSigmoidRouter)]
         keep = cfg.checkpoint.keep_last, cfg.checkpoint.keep_every
@@ -108,7 +120,8 @@ class Trainer:
         is_grouped = grouped_gemm_supported(self.precision.compute, model.hidden_size, width)
         return (
             f"{model.family.value}, {total:,} parameters ({counts}) on {dist.get_world_size()} "
-            f"{self.device.type} rank(s), {mesh}; {self.precision.compute} with {self.precision.master} masters; "
+            f"{self.device.type} rank(s), {mesh}; {self.precision.compute} with {self.precision.master} weights; "
+            f"rank 0 holds {states_of(self.model, self.cfg, self.precision, self.device)}; "
             f"experts by {'grouped GEMM' if is_grouped else 'one product after the other'}"
         ).replace("torch.", "")
 
@@ -163,9 +176,9 @@ class Trainer:
                     metrics = self._next_step(metrics)
                     if report is not None:
                         report.take(self.state.step, self.state.tokens, metrics)
-                    skips.check(self.state.step, self.spikes.skipped_in_a_row)
+                    skips.check(self.state.step, self.spikes.skipped_in_a_row, partial(self._dump, metrics))
                     if is_due(self.state.step, self.cfg.checks.replicas_every):
-                        self._flush_and(self._compare_replicas, report)
+                        self._flush_and(lambda: check_replicas(self._tensors(), self.state.step), report)
                     if is_due(self.state.step, self.cfg.checkpoint.every) and self.state.step < self.cfg.steps:
                         self._save_on_the_way(report)
                     if is_due(self.state.step, self.cfg.eval.every) and self.state.step < self.cfg.steps:
@@ -193,7 +206,8 @@ class Trainer:
 
     def _next_step(self, last: StepMetrics | None) -> StepMetrics:
         try:
-            return self.train_step(self.loader.batch(self.state.samples).to(self.device))
+            with self.stragglers.measuring(self.state.step + 1, self.loader):
+                return self.train_step(self.loader.batch(self.state.samples).to(self.device))
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -204,16 +218,11 @@ class Trainer:
     def train_step(self, batch: Batch) -> StepMetrics:
         """One optimizer step on this rank's share [grad_accum_steps * micro_batch, seq] of the global batch."""
         num_tokens = self.loader.num_tokens(self.state.samples)  # labels that count, of the global batch
-        self._seed_step()
-        shares = Losses.zeros(self.num_sparse_layers, self.cfg.model.num_experts, self.device)
         entropy = RouterEntropy(self.device) if is_load_due(self.state.step + 1, self.cfg) else None
-        for micro_batch in batch.split(self.loader.grad_accum_steps):  # [micro_batch, seq]
-            output = self.model(micro_batch.input_ids, documents=micro_batch.documents)
-            loss, losses = self.loss_fn(output, micro_batch.labels, num_tokens)
-            loss.backward()
-            shares = shares.add(losses)
-            if entropy is not None:
-                entropy.add(output.routings, self._routed(micro_batch.labels))
+        if is_due(self.state.step + 1, self.cfg.checks.replay_every):
+            shares = take_twice(self.model, partial(self.add_gradients, batch), entropy, self.state.step + 1)
+        else:
+            shares = self.add_gradients(batch, entropy)
         losses = self._sum_over_data(shares)
         norm = grad_norm(self.model.parameters())
         rate = learning_rate(self.state.step, self.cfg.optim, self.state.schedule_steps)
@@ -221,10 +230,27 @@ class Trainer:
         factor = clip_factor(norm, self.spikes.limit(norm))
         self.optimizer.step(factor)
         self.optimizer.zero_grad()
-        self._balance_experts(losses.expert_counts, factor.isfinite())
+        bias_rate = self.cfg.optim.expert_bias_rate
+        balance_experts(self.biased_routers, losses.expert_counts, factor.isfinite(), bias_rate)
         self.state.advance(self.loader.global_batch_size, num_tokens)
         more = self._counters(factor) | ({} if entropy is None else {"router_entropy": entropy.over_ranks()})
         return StepMetrics(losses, norm, rate, num_tokens, self.loader.data_seconds, more)
+
+    def add_gradients(self, batch: Batch, entropy: RouterEntropy | None = None) -> Losses:
+        """Forward and backward passes over the micro-batches of the next step; this rank's shares of the losses."""
+        num_tokens = self.loader.num_tokens(self.state.samples)
+        self._seed_step()
+        shares = Losses.zeros(self.num_sparse_layers, self.cfg.model.num_experts, self.device)
+        for micro_batch in batch.split(self.loader.grad_accum_steps):  # [micro_batch, seq]
+            output = self.model(micro_batch.input_ids, documents=micro_batch.documents)
+            loss, losses = self.loss_fn(output, micro_batch.labels, num_tokens)
+            loss.backward()
+            if self.loader.grad_accum_steps > 1:
+                widen_gradients(self.model.parameters())
+            shares = shares.add(losses)
+            if entropy is not None:
+                entropy.add(output.routings, self._routed(micro_batch.labels))
+        return shares
 
     def evaluate(self) -> dict[str, float]:
         """`val_loss` and what belongs to it, of the held-out data, which there must be. Collective."""
@@ -292,7 +318,7 @@ class Trainer:
         if new:
             _logger.info("%d parameters were frozen in the checkpoint: their moments start at zero", len(new) // 2)
         wanted = {name: tensor for name, tensor in ours.items() if name not in new}
-        load_tensors(folder, wanted, strict=not stored - wanted.keys() <= ignored)
+        load_tensors(folder, wanted, strict=not stored - wanted.keys() <= ignored, casts=True)
         return {name.split(".", 2)[2] for name in new}
 
     def _save_on_the_way(self, report: RunReport | None) -> None:
@@ -312,14 +338,15 @@ class Trainer:
                 raise
             _logger.error("the checkpoint of step %d was not saved, training goes on: %s", self.state.step, error)
 
-    def _compare_replicas(self) -> None:
-        """Raises RuntimeError, on every rank, where ranks hold different bits of the same weights or moments."""
-        differing = differing_replicas(self._tensors())
-        if differing:
-            raise RuntimeError(
-                f"step {self.state.step}: ranks that must hold the same bits do not ({len(differing)} tensors): "
-                f"{'; '.join(differing[:8])}; a fault of that rank's machine, or of the program"
-            )
+    def _dump(self, metrics: StepMetrics) -> str:
+        """Of the step just skipped; see `dump_skipped_step`."""
+        after, self.state = self.state, self.state.before(self.loader.global_batch_size, metrics.num_tokens)
+        try:
+            take = lambda: self.add_gradients(self.loader.batch(self.state.samples).to(self.device))  # noqa: E731
+            at_hand = self.run_folder, self.state, metrics, self.loader
+            return dump_skipped_step(*at_hand, self.model, self._tensors(), take)
+        finally:
+            self.state = after
 
     def _must_stop_for(self, failure: Exception | None) -> bool:
         return failure is not None and self.cfg.checkpoint.on_failure is OnFailure.stop
@@ -337,21 +364,9 @@ class Trainer:
         weights = {f"model.{name}": tensor for name, tensor in (*named, *self.model.named_buffers())}
         return weights | {f"optim.{name}": t for name, t in optimizer_tensors(self.optimizer, named).items()}
 
-    @torch.no_grad()
-    def _balance_experts(self, counts: torch.Tensor, is_finite: torch.Tensor) -> None:
-        """Move each expert's bias a fixed step towards the mean load (Wang et al., 2024), unless the step is skipped.
-
-        `counts` [sparse layers, experts] are the global batch's, equal on every rank: so the biases stay equal.
-        """
-        for router, load in zip(self.biased_routers, counts, strict=bool(self.biased_routers)):
-            if not router.weight.requires_grad:
-                continue  # frozen with all that decides
-            move = self.cfg.optim.expert_bias_rate * torch.sign(load.mean() - load)
-            router.expert_bias += move.masked_fill(~is_finite, 0)
-
     def _counters(self, factor: torch.Tensor) -> dict[str, torch.Tensor]:
         """Of steps that were not taken as they came; see `StepMetrics.more`."""
-        counters = {"skipped": ~factor.isfinite()}
+        counters = {"skipped": ~factor.isfinite(), **self.stragglers.metrics(self.state.step)}
         if self.cfg.optim.max_grad_zscore is not None:
             counters["grad_spikes"] = self.spikes.spikes.clone()
         return counters

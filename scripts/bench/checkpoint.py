@@ -3,9 +3,11 @@
     python scripts/bench/checkpoint.py --gigabytes 2 --ranks 2    # CPU; --device cuda takes a GPU for each rank
 
 Each rank holds its shard of float32 tensors and plays training beside the save: on the CPU a matrix product after the
-other, on a GPU too, with an all-reduce in each step, so collectives of two threads meet. Printed are medians over
-`--saves` saves of the pause of an asynchronous save (the copy to host memory), of its time to publication, of the
-steps' time during one, and of a synchronous save.
+other, on a GPU too, with an all-reduce in each step, so collectives of two threads meet. A line tells of each save as
+it is done; the row at the end holds medians of the pause of an asynchronous save (the copy to host memory), of its
+time to publication, of the steps' time during one, and of a synchronous save. No save begins after `--seconds`, but
+there are always two asynchronous ones, of which the first makes room for the copy, and a synchronous one: of 8 GB on
+a disk of 1 GB/s that takes half a minute.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from record import record
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
@@ -31,37 +34,37 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Pause and throughput of checkpoints.")
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of all tensors together")
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--saves", type=int, default=5)
+    parser.add_argument("--saves", type=int, default=5, help="at most, of either kind")
+    parser.add_argument("--seconds", type=float, default=60.0, help="after which no save begins")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--folder", help="on the disk to measure; default a temporary one")
     given = parser.parse_args()
     root = Path(tempfile.mkdtemp(prefix="bench_checkpoint_", dir=given.folder))
+    free = shutil.disk_usage(root).free
+    print(f"{root}: {free / 1e9:.0f} GB free", flush=True)
     try:
-        arguments = (root, given.gigabytes, given.saves, given.device)
-        found = run_distributed(measure, given.ranks, *arguments, timeout=1800, device=given.device)
+        arguments = (root, given.gigabytes, given.saves, given.seconds, given.device)
+        found = run_distributed(measure, given.ranks, *arguments, timeout=600, device=given.device)
     finally:
         shutil.rmtree(root)
-    size = found[0]["bytes"]
-    print(f"{size / 1e9:.2f} GB from {given.ranks} rank(s) on {given.device}, medians of {given.saves}:")
-    for name, text in (
-        ("pause", "training pauses"),
-        ("first_pause", "the first time, which makes room for the copy"),
-        ("published", "until published, beside training"),
-        ("sync", "synchronous save"),
-    ):
-        seconds = max(rank[name] for rank in found)
-        print(f"  {text:<48} {seconds:8.3f} s  {size / seconds / 1e9:7.2f} GB/s")
-    for name, text in (("step", "a step without a save"), ("step_during", "a step during one")):
-        print(f"  {text:<48} {max(rank[name] for rank in found) * 1000:8.1f} ms")
+    worst = {name: max(rank[name] for rank in found) for name in found[0]}
+    size = worst.pop("bytes")
+    row = {"tensors on": given.device, "ranks": given.ranks, "GB": size / 1e9, **worst}
+    speeds = {f"GB/s {kind}": size / worst[f"{kind}, s"] / 1e9 for kind in ("published", "synchronous")}
+    record("checkpoint", row | speeds)
 
 
-def measure(root: Path, gigabytes: float, saves: int, device: str) -> dict[str, float]:
-    """Seconds, and the bytes of a checkpoint; of one rank."""
+def measure(root: Path, gigabytes: float, saves: int, seconds: float, device: str) -> dict[str, float]:
+    """The figures of one rank."""
+    end = time.monotonic() + seconds
     tensors = _tensors(gigabytes, device)
     manager = CheckpointManager(root, keep_last=1)
-    step_seconds = [_step(device) for _ in range(20)]
-    pauses, published, during = [], [], []
-    for number in range(1, saves + 2):
+    alone = [_step(device) for _ in range(20)][5:]
+    _tell(f"a step alone: {statistics.median(alone) * 1000:.1f} ms")
+    pauses, published, during, sync = [], [], [], []
+    number = 0
+    while len(pauses) < 2 or (len(pauses) <= saves and not dist_any(time.monotonic() > end - seconds / 2)):
+        number += 1
         dist.barrier()
         began = time.perf_counter()
         manager.start_save(number, tensors, {})
@@ -72,21 +75,29 @@ def measure(root: Path, gigabytes: float, saves: int, device: str) -> dict[str, 
         if manager.failure is not None:
             raise manager.failure
         published.append(time.perf_counter() - began)
-    sync = []
-    for number in range(saves + 2, 2 * saves + 2):
+        _tell(f"asynchronous save {number}: pause {pauses[-1]:.3f} s, published after {published[-1]:.2f} s")
+    while not sync or (len(sync) < saves and not dist_any(time.monotonic() > end)):
+        number += 1
         dist.barrier()
         began = time.perf_counter()
         manager.save(number, tensors, {})
         sync.append(time.perf_counter() - began)
+        _tell(f"synchronous save {number}: {sync[-1]:.2f} s")
     return {
         "bytes": float(sum(tensor.numel() * 4 for tensor in tensors.values())),
-        "first_pause": pauses[0],
-        "pause": statistics.median(pauses[1:]),
-        "published": statistics.median(published[1:]),
-        "sync": statistics.median(sync),
-        "step": statistics.median(step_seconds[5:]),
-        "step_during": statistics.median(during),
+        "saves": float(len(pauses) - 1),
+        "first pause, s": pauses[0],
+        "pause, s": statistics.median(pauses[1:]),
+        "published, s": statistics.median(published[1:]),
+        "synchronous, s": statistics.median(sync),
+        "step, ms": 1000 * statistics.median(alone),
+        "step during a save, ms": 1000 * statistics.median(during),
     }
+
+
+def _tell(text: str) -> None:
+    if dist.get_rank() == 0:
+        print(text, flush=True)
 
 
 def dist_any(value: bool) -> bool:

@@ -1,10 +1,10 @@
 """What happens to training runs, and that nothing is lost by it: losses, step by step, as if nothing had been."""
 
-import io
+import itertools
 import os
 import random
 import signal
-from contextlib import redirect_stdout
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,61 +15,42 @@ import torch.distributed as dist
 from moe_trainer.checkpoint import manager as manager_module
 from moe_trainer.checkpoint import sharded as sharded_module
 from moe_trainer.checkpoint.manager import CheckpointManager, find_latest
+from moe_trainer.config.choices import DType, OnFailure, ScheduleName
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import (
     CheckpointConfig,
     ChecksConfig,
     Config,
     DataConfig,
-    DeviceName,
-    DType,
     ModelConfig,
-    OnFailure,
     OptimConfig,
     ParallelConfig,
-    ScheduleName,
 )
 from moe_trainer.config.validate import resolve_parallel, world_size_of
-from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.loss import LossFn
 from moe_trainer.train.trainer import Trainer
+from tests.distributed.runs import figures, fit, run_config, train
 
-BOTH = {"sequence_parallel": True, "expert_parallel": True}
-MESHES = {
-    "one": ParallelConfig(fsdp=1),
-    "fsdp2": ParallelConfig(fsdp=2),
-    "tp2": ParallelConfig(fsdp=1, tp=2, **BOTH),
-    "fsdp2_tp2": ParallelConfig(fsdp=2, tp=2, **BOTH),
-}
+MESHES = ("one", "fsdp2", "tp2", "fsdp2_tp2")
 STEPS = 8
 TEXT = "one for the kettle, two for the long road home, three, and four for whoever asks last"
 
 
 def config(folder: Path, name: str, mesh: str, steps: int = STEPS, **checkpoint: object) -> Config:
-    return Config(
-        run_name=name,
-        run_dir=str(folder),
-        steps=steps,
-        device=DeviceName.cpu,
-        dtype=DType.float64,
+    return run_config(
+        folder,
+        name,
+        mesh,
+        steps,
         model=ModelConfig(
             hidden_size=16, intermediate_size=16, num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8
         ),
-        parallel=resolve_parallel(MESHES[mesh], None),
         optim=OptimConfig(lr=3e-3, schedule=ScheduleName.constant),
         data=DataConfig(text=TEXT, seq_len=16, global_batch_size=4),
         checkpoint=CheckpointConfig(**{"every": 2, "resume": "auto", **checkpoint}),
     )
-
-
-def train(cfg: Config) -> Trainer:
-    trainer = Trainer(cfg, torch.device("cpu"))
-    trainer.start()
-    with redirect_stdout(io.StringIO()):
-        trainer.fit()
-    return trainer
 
 
 def go(cfg: Config) -> int:
@@ -77,9 +58,9 @@ def go(cfg: Config) -> int:
 
 
 def losses(folder: Path, name: str) -> list[float]:
-    lines = read_metrics(folder / name / "metrics.jsonl")
-    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    return [line["loss"] for line in lines]
+    found = figures(folder / name)
+    assert figures(folder / name, "step") == list(range(1, len(found) + 1))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -89,28 +70,24 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> list[float]:
     return losses(folder, "whole")
 
 
-def die_while_saving(cfg: Config, victim: int, phase: str, step: int) -> None:
-    """Kill one rank in a phase of the save of `step`."""
+def die_while_saving(cfg: Config, victim: int, phase: str, save: int) -> None:
+    """Kill one rank in a phase of the save of this number."""
+    module, name, witness = {
+        "before": (CheckpointManager, "start_save", victim),
+        "writing": (sharded_module.dcp.FileSystemWriter, "write_data", victim),
+        "hashing": (manager_module, "_own_files", victim),
+        "published": (CheckpointManager, "_tidy", 0),  # who alone knows of this phase
+    }[phase]
+    real, calls = getattr(module, name), itertools.count(1)
+    processes = [0] * dist.get_world_size()
+    dist.all_gather_object(processes, os.getpid())
 
-    def die_at(module: object, name: str, of_step: bool) -> None:
-        real = getattr(module, name)
-        seen = [0]
+    def wrapped(*arguments: object, **named: object) -> object:
+        if dist.get_rank() == witness and next(calls) == save:
+            os.kill(processes[victim], signal.SIGKILL)
+        return real(*arguments, **named)
 
-        def wrapped(*arguments: object, **named: object) -> object:
-            seen[0] += 1
-            if dist.get_rank() == victim and (seen[0] == step // 2):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*arguments, **named)
-
-        setattr(module, name, wrapped)
-
-    places = {
-        "before": (CheckpointManager, "start_save"),
-        "writing": (sharded_module.dcp.FileSystemWriter, "write_data"),
-        "hashing": (manager_module, "record_files"),
-        "published": (CheckpointManager, "_tidy"),
-    }
-    die_at(*places[phase], True)
+    setattr(module, name, wrapped)
     train(cfg)
 
 
@@ -120,19 +97,42 @@ def die_while_saving(cfg: Config, victim: int, phase: str, step: int) -> None:
         (1, "before"),
         (0, "writing"),
         (0, "published"),
+        (1, "hashing"),
         pytest.param(0, "before", marks=pytest.mark.grid),
         pytest.param(1, "writing", marks=pytest.mark.grid),
-        pytest.param(1, "hashing", marks=pytest.mark.grid),
+        pytest.param(0, "hashing", marks=pytest.mark.grid),
+        pytest.param(1, "published", marks=pytest.mark.grid),
     ],
 )
 def test_killed_in_each_phase_of_saving(tmp_path: Path, undisturbed: list[float], victim: int, phase: str) -> None:
     cfg = config(tmp_path, "killed", "fsdp2")
     with pytest.raises(RuntimeError, match=f"rank {victim}: died with exit code -9"):
-        run_distributed(die_while_saving, 2, cfg, victim, phase, 4, timeout=20)
+        run_distributed(die_while_saving, 2, cfg, victim, phase, 2, timeout=20)
     newest = find_latest(tmp_path / "killed" / "checkpoints")
     assert newest is not None and newest.name == ("step-00000004" if phase == "published" else "step-00000002")
     run_distributed(go, 2, cfg)
     assert losses(tmp_path, "killed") == pytest.approx(undisturbed, rel=1e-9)
+
+
+def sleep_too_long(cfg: Config) -> None:
+    """Rank 1 sleeps in step 6, for longer than a collective may wait."""
+    real = Trainer.train_step
+
+    def step(trainer: Trainer, batch: object) -> object:
+        if trainer.state.step == 5 and dist.get_rank() == 1:
+            time.sleep(6)
+        return real(trainer, batch)
+
+    Trainer.train_step = step
+    train(cfg)
+
+
+def test_after_a_rank_that_slept_too_long_nothing_is_lost(tmp_path: Path, undisturbed: list[float]) -> None:
+    cfg = config(tmp_path, "slept", "fsdp2")
+    with pytest.raises(RuntimeError, match="(?i)timed out|time-?out"):
+        run_distributed(sleep_too_long, 2, cfg, timeout=4)
+    run_distributed(go, 2, cfg)
+    assert losses(tmp_path, "slept") == pytest.approx(undisturbed, rel=1e-9)
 
 
 def refuse_writes(cfg: Config) -> str:
@@ -188,8 +188,7 @@ def poison_one_rank(cfg: Config) -> tuple[int, list[bool]]:
         return metrics
 
     trainer.train_step = step
-    with redirect_stdout(io.StringIO()):
-        trainer.fit()
+    fit(trainer)
     return trainer.state.skipped_steps, moved
 
 
@@ -213,8 +212,7 @@ def flip_one_bit(cfg: Config) -> str:
 
     trainer.train_step = step
     try:
-        with redirect_stdout(io.StringIO()):
-            trainer.fit()
+        fit(trainer)
     except RuntimeError as error:
         return str(error)
     return "nobody noticed"
@@ -257,8 +255,7 @@ def run_out_of_memory(cfg: Config) -> str:
 
     trainer.train_step = step
     try:
-        with redirect_stdout(io.StringIO()):
-            trainer.fit()
+        fit(trainer)
     except ConfigError as error:
         return str(error)
     return "no error"
@@ -298,14 +295,14 @@ def test_random_saves_crashes_damage_and_meshes_lose_nothing(
     """Whatever happens in whatever order, the losses are those of the undisturbed run."""
     source, run = random.Random(seed), tmp_path / "any"
     for number in range(5):
-        mesh, until = source.choice(list(MESHES)), source.randint(1, STEPS)
+        mesh, until = source.choice(MESHES), source.randint(1, STEPS)
         ranks = world_size_of(config(tmp_path, "any", mesh).parallel)
         cfg = config(tmp_path, "any", mesh, until, every=source.randint(1, 3), asynchronous=source.random() < 0.7)
         event = source.choice(["train", "crash", "damage"])
         if event == "crash" and ranks > 1:
             phase = source.choice(["before", "writing", "hashing", "published"])
             try:
-                run_distributed(die_while_saving, ranks, cfg, source.randrange(ranks), phase, 2, timeout=20)
+                run_distributed(die_while_saving, ranks, cfg, source.randrange(ranks), phase, 1, timeout=20)
             except RuntimeError as error:
                 assert "died with exit code -9" in str(error), error
         else:
@@ -315,7 +312,7 @@ def test_random_saves_crashes_damage_and_meshes_lose_nothing(
             damage(newest, source)
             if find_latest(run / "checkpoints") is None:  # which is refused until they are moved away
                 (run / "checkpoints").rename(run / f"damaged{number}")
-    mesh = source.choice(list(MESHES))
+    mesh = source.choice(MESHES)
     last = config(tmp_path, "any", mesh)
     run_distributed(go, world_size_of(last.parallel), last)
     assert losses(tmp_path, "any") == pytest.approx(undisturbed, rel=1e-9)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_trainer.checkpoint import blocks
+from moe_trainer.checkpoint import stored as stored_module
 from moe_trainer.checkpoint.blocks import StoredBlocks
 from moe_trainer.checkpoint.sharded import save_tensors
 from moe_trainer.config.errors import ConfigError
@@ -42,7 +42,7 @@ def test_any_block_of_any_layout(tmp_path: Path, dtype: torch.dtype) -> None:
 def test_no_more_than_a_buffer_is_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tensor = torch.randn(4, 2, 256, 128)  # 1 MiB
     save_tensors(tmp_path, {"p": tensor})
-    monkeypatch.setattr(blocks, "_BUFFER_BYTES", 1 << 14)
+    monkeypatch.setattr(stored_module, "_BUFFER_BYTES", 1 << 14)
     stored = StoredBlocks(tmp_path, ["p"])
     stored.read("p", (slice(0, 1), slice(0, 1), slice(0, 1), slice(0, 1)), torch.empty(1, 1, 1, 1))
     out = torch.empty(256, 128, dtype=torch.bfloat16)

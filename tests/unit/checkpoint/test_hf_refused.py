@@ -1,6 +1,7 @@
 """What is wrong with a Hugging Face folder is said by name, before any parameter changes."""
 
 import json
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from moe_trainer.checkpoint.hf import load_hf
+from moe_trainer.checkpoint.hf import HubFiles, load_hf
 from moe_trainer.checkpoint.hf_write import LazyTensor, write_hf
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import ModelConfig
@@ -81,6 +82,16 @@ def test_damaged_files(tmp_path: Path) -> None:
     refused(tmp_path, r"model\.safetensors is missing, truncated or damaged")
     path.write_bytes(b"")
     refused(tmp_path, r"model\.safetensors is missing, truncated or damaged")
+
+
+def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
+    """Mapped into memory, this would end the process with SIGBUS."""
+    save_file({"a": torch.ones(300, 400)}, tmp_path / "model.safetensors")
+    with ExitStack() as stack:
+        files = HubFiles(tmp_path, stack)
+        (tmp_path / "model.safetensors").write_bytes(b"")
+        with pytest.raises(ConfigError, match=r"model\.safetensors is shorter than it was"):
+            files.read("a", (slice(0, 300), slice(0, 400)))
 
 
 @pytest.mark.parametrize("file", ["../model-1.safetensors", "/etc/model-1.safetensors", "x/../../y.safetensors"])

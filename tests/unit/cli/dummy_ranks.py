@@ -10,12 +10,12 @@ from moe_trainer.cli.command import run_command
 from moe_trainer.config.errors import ConfigError
 
 
-def crash_in_a_group(folder: Path, rank: str) -> None:
+def crash_in_a_group(folder: Path, rank: str, error: Exception) -> None:
     """Rank 1 raises while rank 0 waits for it in a collective, on two groups."""
     import torch
     import torch.distributed as dist
 
-    from moe_trainer.config.schema import DeviceName
+    from moe_trainer.config.choices import DeviceName
     from moe_trainer.parallel.process_group import process_group
 
     with process_group(DeviceName.cpu):
@@ -26,9 +26,26 @@ def crash_in_a_group(folder: Path, rank: str) -> None:
         waiting = dist.all_reduce(torch.ones(1), group=other, async_op=True)
         if rank == "1":
             (folder / "boom").touch()
-            raise RuntimeError("boom")
+            print("the last words of stdout", end="")
+            raise error
         dist.all_reduce(torch.ones(1))
         waiting.wait()
+
+
+def die_once_in_a_group(folder: Path, rank: str) -> None:
+    """Rank 1 is killed in the first start after the ranks have met."""
+    import torch
+    import torch.distributed as dist
+
+    from moe_trainer.config.choices import DeviceName
+    from moe_trainer.parallel.process_group import process_group
+
+    with process_group(DeviceName.cpu, 20):
+        dist.all_reduce(torch.ones(1))
+        if rank == "1" and not (folder / "boom").exists():
+            (folder / "boom").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        dist.all_reduce(torch.ones(1))
 
 
 def behave(folder: Path, mode: str, rank: str) -> int:
@@ -36,12 +53,17 @@ def behave(folder: Path, mode: str, rank: str) -> int:
     (folder / f"rank{rank}").write_text(str(os.getpid()))
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if mode == "mistake" or (mode == "mistake_of_one" and rank == "1"):
+    if mode == "mistake":
         raise ConfigError("data.path=x: no\nsuch file")
     if mode == "crash" and rank == "1":
         raise RuntimeError("boom")
     if mode == "crash_in_a_group":
-        crash_in_a_group(folder, rank)
+        crash_in_a_group(folder, rank, RuntimeError("boom"))
+    if mode == "mistake_in_a_group":
+        crash_in_a_group(folder, rank, ConfigError("data.path=x: no\nsuch file"))
+    if mode == "killed_once":
+        die_once_in_a_group(folder, rank)
+        return 0
     if mode == "killed" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
     if mode != "well":

@@ -53,7 +53,6 @@ def wait_until_gone(pids: list[int], seconds: float) -> bool:
     [
         ("well", 0, ""),
         ("mistake", 2, "moe-dummy: data.path=x: no such file\n"),
-        ("mistake_of_one", 2, "moe-dummy: data.path=x: no such file\n"),
         ("killed", 1, "rank 1 was killed by SIGKILL; the other ranks were ended\n"),
     ],
 )
@@ -82,6 +81,15 @@ def test_a_rank_that_raises_takes_the_others_down_in_ten_seconds(tmp_path: Path)
     assert said.endswith("rank 1 left with code 1; the other ranks were ended\n")
 
 
+def test_a_mistake_of_one_rank_in_a_collective_is_one_line_and_ends_all(tmp_path: Path) -> None:
+    command = start(tmp_path, "mistake_in_a_group")
+    out, said = command.communicate(timeout=240)
+    assert time.time() - (tmp_path / "boom").stat().st_mtime < 10
+    assert (command.returncode, said) == (2, "moe-dummy: data.path=x: no such file\n")
+    assert out == "the last words of stdout"
+    assert wait_until_gone(ranks_of(tmp_path), 1)
+
+
 @pytest.mark.parametrize(
     ("mode", "sent", "code"),
     [("sleep", signal.SIGINT, 130), ("sleep", signal.SIGTERM, 143), ("stubborn", signal.SIGINT, 130)],
@@ -103,3 +111,14 @@ def test_ranks_go_with_a_launcher_that_was_killed(tmp_path: Path) -> None:
     command.kill()
     command.wait()
     assert wait_until_gone(ranks, 10)
+
+
+@pytest.mark.slow
+def test_the_ranks_of_another_torchrun_meet_again_after_a_loss(tmp_path: Path) -> None:
+    """Its store still holds the addresses of the ranks that are gone."""
+    here = Path(__file__).parent
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here)]), "OMP_NUM_THREADS": "1"}
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", *torchrun, "-m", "dummy_ranks", str(tmp_path), "killed_once"]
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and (tmp_path / "boom").exists(), done.stderr

@@ -1,6 +1,7 @@
 """How a launch goes on after a loss, and which rank is told of; without ranks."""
 
 import json
+import pickle
 import signal
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,8 @@ from moe_trainer.cli import launch as module
 from moe_trainer.cli.launch import Outcome, Start, launch_again
 from moe_trainer.cli.restart import is_restart, next_start, resume_after_loss
 from moe_trainer.cli.whereabouts import describe_ranks
-from moe_trainer.config.schema import Config, DeviceName
+from moe_trainer.config.choices import DeviceName
+from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
 
@@ -153,3 +155,18 @@ def test_ranks_that_left_no_note_are_listed_too(tmp_path: Path) -> None:
         "  rank 0: step 7, at loss.py:3 f (wait), last collective all_reduce #5",
         "  rank 1: step not begun, at an unknown place",
     ]
+
+
+def test_the_last_collective_of_a_rank_that_nccl_ended_is_in_its_dump(tmp_path: Path) -> None:
+    """As its flight recorder writes it: a pickle, of which nothing but plain data is taken."""
+    entry = {"process_group": ("0", "default_pg"), "profiling_name": "nccl:all_reduce", "state": "started"}
+    entries = [entry | {"collective_seq_id": number, "time_created_ns": 1000 + number} for number in (8, 9, 7)]
+    (tmp_path / "nccl_rank0").write_bytes(pickle.dumps({"version": "2.10", "entries": entries}, 2))
+    (tmp_path / "nccl_rank1").write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "owned").encode() + b"'\ntR.")
+    (tmp_path / "nccl_rank2").write_bytes(pickle.dumps({"entries": [{"state": "odd"}]})[:-9])
+    assert describe_ranks(tmp_path, 3) == [
+        "  rank 0: step not begun, at an unknown place, last collective nccl:all_reduce #9 of default_pg, started",
+        "  rank 1: step not begun, at an unknown place",
+        "  rank 2: step not begun, at an unknown place",
+    ]
+    assert not (tmp_path / "owned").exists()

@@ -1,8 +1,8 @@
 import numpy as np
 import pytest
 
+from moe_trainer.config.choices import Packing
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Packing
 from moe_trainer.data.packing import Samples
 from moe_trainer.data.shards import Encoded, Shard
 from tests.unit.data.corpora import counting, rows
@@ -34,6 +34,17 @@ def test_padding_belongs_to_the_last_document() -> None:
     _, labels, documents = rows(Samples([counting(2, 4)], 8, Packing.documents))
     assert labels == [[1, N, 3, 4, 5, N, N, N]]
     assert documents == [[0, 0, 1, 1, 1, 1, 1, 1]]
+
+
+def test_a_sample_can_be_found_in_its_shard() -> None:
+    samples = Samples([counting(2, 4), counting(5, 2, 6)], 4, Packing.documents)
+    assert [samples.place(index) for index in range(len(samples))] == [
+        {"shard": 0, "documents": [0, 1], "tokens": [0, 5]},
+        {"shard": 0, "documents": [1, 1], "tokens": [4, 6]},
+        {"shard": 1, "documents": [0, 0], "tokens": [0, 5]},
+        {"shard": 1, "documents": [0, 2], "tokens": [4, 9]},
+        {"shard": 1, "documents": [2, 2], "tokens": [8, 13]},
+    ]
 
 
 @pytest.mark.parametrize("total", [2, 4, 5, 6, 7, 8, 9, 23])

@@ -61,6 +61,15 @@ def test_a_wait_for_data_and_skipped_steps_show_when_there_are_any(capsys):
     assert quiet.endswith("loss   1.0000") and loud.endswith("loss   1.0000  data  25%  skipped 3  spikes 2")
 
 
+def test_a_rank_that_the_others_wait_for_shows(capsys):
+    sink = ConsoleSink(10, 0, 1)
+    for over, share in ((1.19, 0.9), (1.5, 0.1), (2.0, 0.8)):
+        sink.log(1, {"slowest_rank": 3.0, "slowest_over_median": over, "slowest_data_share": share})
+    quiet, slow, data = capsys.readouterr().out.splitlines()
+    assert "rank" not in quiet and slow.endswith("rank 3 takes 1.5 x")
+    assert data.endswith("rank 3 takes 2.0 x, 80% of it for data")
+
+
 def test_validation_is_always_printed_and_a_resumed_run_prints_its_first_step(capsys):
     sink = ConsoleSink(total_steps=100, start_step=41, every=50)
     sink.log(42, {"loss": 1.0})

@@ -4,8 +4,10 @@ import statistics
 import pytest
 import torch
 
+from moe_trainer.config.choices import OnSpike
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import OnSpike, OptimConfig
+from moe_trainer.config.schema import OptimConfig
+from moe_trainer.optim import spikes
 from moe_trainer.optim.spikes import SkipLimit, SpikeGuard
 
 
@@ -70,12 +72,31 @@ def test_the_state_goes_on_after_a_round_trip():
 
 
 def test_the_limit_of_steps_in_a_row():
-    one, limit = guard(), SkipLimit(3, every=1)
+    one, limit, dumped = guard(), SkipLimit(3, every=1), []
+    dump = lambda: dumped.append(1) or "see there"  # noqa: E731
     for step, norm in enumerate([math.nan, math.nan, 1.0, math.nan, math.nan, math.nan], start=1):
         limits(one, [norm])
         if step < 6:
-            limit.check(step, one.skipped_in_a_row)
-    with pytest.raises(ConfigError, match="optim.max_skipped_steps=3: by step 6, 3 steps in a row"):
-        limit.check(6, one.skipped_in_a_row)
-    SkipLimit(None, every=1).check(6, one.skipped_in_a_row)
-    SkipLimit(3, every=4).check(6, one.skipped_in_a_row)
+            limit.check(step, one.skipped_in_a_row, dump)
+    assert not dumped
+    with pytest.raises(ConfigError, match="optim.max_skipped_steps=3: by step 6, 3 steps in a row.*; see there$"):
+        limit.check(6, one.skipped_in_a_row, dump)
+    assert dumped == [1]
+    SkipLimit(None, every=1).check(6, one.skipped_in_a_row, dump)
+    SkipLimit(3, every=4).check(6, one.skipped_in_a_row, dump)
+
+
+def test_a_late_reading_of_steps_that_recovered_since_ends_nothing(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, where a copy is read a log line after it was begun."""
+
+    class Passed:
+        def synchronize(self) -> None: ...
+
+    monkeypatch.setattr(spikes, "_begin_copy", lambda tensor: (tensor.clone(), Passed()))
+    one, limit = guard(), SkipLimit(2, every=1)
+    for step, norm in enumerate([math.nan, math.nan, 1.0, math.nan, math.nan], start=1):
+        limits(one, [norm])
+        limit.check(step, one.skipped_in_a_row, lambda: "ended")
+    limits(one, [math.nan])
+    with pytest.raises(ConfigError, match="by step 6, 3 steps in a row"):
+        limit.check(6, one.skipped_in_a_row, lambda: "ended")
