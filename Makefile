@@ -8,12 +8,16 @@ READY := .venv/.ready
 demo: $(READY)
 	$(BIN)/python scripts/overfit_demo.py
 
-# make test ARGS="-m 'not slow' tests/unit"
+# Each file runs whole in one of WORKERS processes, with what its tests share; the slow folders are begun first.
+# make test WORKERS=0 ARGS="-m 'not slow' tests/unit -s"
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(READY)
-	$(BIN)/python -m pytest -m "not grid" $(ARGS)
+	$(PYTEST) -m "not grid" $(ARGS)
 
 test-all: $(READY)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 checks: $(READY) audit
 	$(BIN)/ruff check .

@@ -1,6 +1,6 @@
 """Runs a function on a few processes, for a fraction of a CPU-second instead of a launcher's thirty.
 
-The processes are forked from a server that has only imported torch, so no rank pays for the import and none
+The processes are forked from a server that has only imported the program, so no rank pays for the import and none
 inherits a thread.
 """
 
@@ -18,7 +18,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["moe_trainer.testing.preload"])
+# pytest, where it is installed, because the modules of tests import it.
+_context.set_forkserver_preload(["pytest", "moe_trainer.testing.preload"])
 
 
 def run_distributed(

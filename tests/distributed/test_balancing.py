@@ -1,29 +1,17 @@
 """Each way of balancing brings the busiest expert's load down, where without it some experts take most tokens."""
 
-import io
 import statistics
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from moe_trainer.config.schema import (
-    AuxScope,
-    Config,
-    DataConfig,
-    DeviceName,
-    Family,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    ScheduleName,
-)
+from moe_trainer.config.choices import AuxScope, DeviceName, Family, ScheduleName
+from moe_trainer.config.schema import Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
 from moe_trainer.config.validate import resolve_parallel
 from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.testing.pool import run_distributed
-from moe_trainer.train.trainer import Trainer
+from tests.distributed.runs import train
 
 STEPS, LAST, SEEDS = 100, 20, (0, 1, 2)
 WAYS: dict[str, dict[str, Any]] = {
@@ -71,10 +59,7 @@ def loads(folder: Path, seed: int) -> dict[str, float]:
                 micro_batch_size=8,
             ),
         )
-        trainer = Trainer(cfg, torch.device("cpu"))
-        trainer.start()
-        with redirect_stdout(io.StringIO()):
-            trainer.fit()
+        train(cfg)
         lines = read_metrics(folder / cfg.run_name / "metrics.jsonl")[-LAST:]
         found[way] = statistics.mean(line["expert_load_max_over_mean"] for line in lines)
     return found

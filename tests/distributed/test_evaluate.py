@@ -1,9 +1,7 @@
 """Evaluation: one figure on every mesh, that of a plain model, and nothing of the run moves."""
 
-import io
 import json
 import math
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +13,13 @@ import torch.nn.functional as F
 from moe_trainer.checkpoint.export import export_checkpoint
 from moe_trainer.checkpoint.manager import resolve_checkpoint
 from moe_trainer.cli.eval import evaluate_checkpoint, main
+from moe_trainer.config.choices import DeviceName, DType, Family
+from moe_trainer.config.commands import EvaluateConfig
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import (
     Config,
     DataConfig,
-    DeviceName,
-    DType,
     EvalConfig,
-    EvaluateConfig,
-    Family,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
@@ -37,6 +33,7 @@ from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
+from tests.distributed import runs
 
 BOTH = {"sequence_parallel": True, "expert_parallel": True}
 MESHES = [
@@ -108,28 +105,23 @@ def expected(texts: list[str]) -> tuple[float, int]:
     return total / count, count
 
 
-def test_the_figure_is_that_of_a_plain_model_on_every_mesh(folder: Path) -> None:
-    for batches, texts in ((None, HELD_OUT), (2, HELD_OUT[:8]), (9, HELD_OUT)):
-        loss, count = expected(texts)
-        for world in (1, 2, 4):
-            meshes = [mesh for mesh in MESHES if world_size_of(resolve_parallel(mesh, None)) == world]
-            options = {} if batches is None else {"batches": batches}
-            cfgs = [replace(config(folder, mesh, **options), run_name=str(n)) for n, mesh in enumerate(meshes)]
-            if batches is not None:
-                cfgs = cfgs[:1]
-            for ranks in run_distributed(figures, world, cfgs):
-                for found in ranks:
-                    assert found["val_loss"] == pytest.approx(loss, rel=1e-9)
-                    assert found["val_perplexity"] == pytest.approx(math.exp(loss), rel=1e-9)
-                    assert found["val_tokens"] == count
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_figure_is_that_of_a_plain_model_on_every_mesh(world: int, folder: Path) -> None:
+    meshes = [mesh for mesh in MESHES if world_size_of(resolve_parallel(mesh, None)) == world]
+    cases = [({}, HELD_OUT, mesh) for mesh in meshes]
+    cases += [({"batches": 2}, HELD_OUT[:8], meshes[0]), ({"batches": 9}, HELD_OUT, meshes[0])]
+    cfgs = [replace(config(folder, mesh, **options), run_name=str(n)) for n, (options, _, mesh) in enumerate(cases)]
+    for ranks in run_distributed(figures, world, cfgs):
+        for (_, texts, _), found in zip(cases, ranks, strict=True):
+            loss, count = expected(texts)
+            assert found["val_loss"] == pytest.approx(loss, rel=1e-9)
+            assert found["val_perplexity"] == pytest.approx(math.exp(loss), rel=1e-9)
+            assert found["val_tokens"] == count
 
 
 def train(cfg: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
     """This rank's tensors after the run, and a random number drawn then."""
-    trainer = Trainer(cfg, torch.device("cpu"))
-    trainer.start()
-    with redirect_stdout(io.StringIO()):
-        trainer.fit()
+    trainer = runs.train(cfg)
     tensors = {name: local_part(tensor).clone() for name, tensor in trainer._tensors().items()}
     return tensors, torch.rand(3).tolist()
 

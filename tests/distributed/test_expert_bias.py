@@ -1,27 +1,17 @@
 """The loss-free expert bias of DeepSeek-V3 in training: the same on every mesh and rank, kept, and of use."""
 
-import io
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_trainer.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DeviceName,
-    DType,
-    Family,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-)
+from moe_trainer.config.choices import DeviceName, DType, Family
+from moe_trainer.config.schema import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, ParallelConfig
 from moe_trainer.config.validate import resolve_parallel, world_size_of
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
+from tests.distributed import runs
 
 RATE = 0.01
 MODEL = ModelConfig(
@@ -69,11 +59,7 @@ def train(cfg: Config, *stops: int) -> list[torch.Tensor]:
     """The biases [sparse layers, num_experts] at each stop, each reached by a trainer of its own."""
     found = []
     for steps in stops:
-        trainer = Trainer(replace(cfg, steps=steps), torch.device("cpu"))
-        trainer.start()
-        with redirect_stdout(io.StringIO()):
-            trainer.fit()
-        found.append(biases(trainer))
+        found.append(biases(runs.train(replace(cfg, steps=steps))))
     return found
 
 

@@ -1,8 +1,6 @@
 """Adapters: the gradients of one process on every plan, nothing else moves, and merged weights do what they did."""
 
-import io
 import json
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,18 +9,16 @@ import torch
 
 from moe_trainer.checkpoint.export import export_checkpoint
 from moe_trainer.checkpoint.manager import find_latest
+from moe_trainer.config.choices import DeviceName, DType, Recompute
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
-    DeviceName,
-    DType,
     LoraConfig,
     ModelConfig,
     OptimConfig,
     ParallelConfig,
-    Recompute,
 )
 from moe_trainer.config.validate import resolve_parallel, world_size_of
 from moe_trainer.generate.source import load_weights, open_source
@@ -36,6 +32,7 @@ from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
 from tests.distributed.reference import PLANS, Case, check, mesh, plain_outcome
+from tests.distributed.runs import fit
 from tests.distributed.test_families import MODELS
 
 ATTENTION, EXPERTS = "model.layers.*.self_attn.*_proj", "model.layers.*.mlp.experts"
@@ -135,8 +132,7 @@ def train(cfg: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     trainer = Trainer(cfg, torch.device("cpu"))
     trainer.start()
     before = full_tensors(trainer._tensors())
-    with redirect_stdout(io.StringIO()):
-        trainer.fit()
+    fit(trainer)
     with torch.no_grad():
         return before, full_tensors(trainer._tensors()), logits(trainer.model)
 

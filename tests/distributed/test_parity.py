@@ -6,8 +6,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe_trainer.config.choices import AuxScope
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import AuxScope, ParallelConfig
+from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.kernels.grouped_gemm import grouped_gemm_supported
 from moe_trainer.models.router import Router, Routing
 from moe_trainer.testing.pool import run_distributed
@@ -116,7 +117,7 @@ def test_the_cases_shard_experts_as_they_say() -> None:
     assert dims == [(3, 1)] * len(HIDDEN_SHARDED) + [(0, 0)] * len(UNEVENLY_SHARDED)
 
 
-@pytest.mark.parametrize("world", [2, 4])
+@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.grid)])
 @pytest.mark.parametrize("plan", PLANS)
 def test_float32_with_grouped_gemm(plan: str, world: int) -> None:
     meshes = legal_meshes(plan, world)
@@ -124,6 +125,13 @@ def test_float32_with_grouped_gemm(plan: str, world: int) -> None:
         intermediate = MODEL.intermediate_size // (1 if PLANS[plan][1] else parallel.tp)
         assert grouped_gemm_supported(torch.float32, MODEL.hidden_size, intermediate)
     check([case(parallel, torch.float32) for parallel in meshes], world)
+
+
+def test_float32_of_every_plan_on_four_ranks() -> None:
+    """Both data axes, whole and folded experts; every other mesh of four ranks is of the grid."""
+    meshes = [mesh(plan, fsdp=2, tp=2) for plan in PLANS]
+    meshes += [mesh("sp_ep", tp=4), mesh("sp_ep", fsdp=2, tp=2, ep=4), mesh("tp", dp_replicate=2, fsdp=2)]
+    check([case(parallel, torch.float32) for parallel in meshes], 4)
 
 
 def test_float32_reference_runs_grouped_gemm_and_has_no_ties(monkeypatch: pytest.MonkeyPatch) -> None:

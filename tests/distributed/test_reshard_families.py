@@ -1,22 +1,14 @@
 """A training checkpoint of each family, saved on one mesh and loaded on another: weights, moments and expert bias are
 the same bit for bit."""
 
-import io
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from moe_trainer.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DeviceName,
-    DType,
-    OptimConfig,
-)
+from moe_trainer.config.choices import DeviceName, DType
+from moe_trainer.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig
 from moe_trainer.config.shape import check_divisions
 from moe_trainer.config.validate import world_size_of
 from moe_trainer.parallel.shards import local_part
@@ -24,6 +16,7 @@ from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
 from tests.distributed.reference import GLOBAL_BATCH, mesh
+from tests.distributed.runs import train
 from tests.distributed.test_families import MODELS
 
 LAYOUTS = {
@@ -67,11 +60,7 @@ def config(folder: Path, family: str, layout: str, **checkpoint: object) -> Conf
 
 def save(cfg: Config) -> Tensors:
     """Train the step, which saves; the tensors on the first rank."""
-    trainer = Trainer(cfg, torch.device("cpu"))
-    trainer.start()
-    with redirect_stdout(io.StringIO()):
-        trainer.fit()
-    return full_tensors(trainer._tensors())
+    return full_tensors(train(cfg)._tensors())
 
 
 def load(cfg: Config) -> Tensors:

@@ -1,10 +1,8 @@
 """Training goes on from a checkpoint: on the same mesh bit for bit, on any other within rounding."""
 
 import hashlib
-import io
 import json
 import logging
-from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -14,37 +12,22 @@ import torch
 import torch.distributed as dist
 
 from moe_trainer.checkpoint.manager import read_document
+from moe_trainer.config.choices import Change, DType, ScheduleName
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import (
-    Change,
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DeviceName,
-    DType,
-    ModelConfig,
-    OptimConfig,
-    ParallelConfig,
-    ScheduleName,
-)
-from moe_trainer.config.validate import resolve_parallel, world_size_of
+from moe_trainer.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig
+from moe_trainer.config.validate import world_size_of
 from moe_trainer.data.tokenizer import load_tokenizer
 from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
+from tests.distributed.runs import figures, fit, run_config
 
-BOTH = {"sequence_parallel": True, "expert_parallel": True}
-MESHES = {
-    "one": ParallelConfig(fsdp=1),
-    "fsdp2": ParallelConfig(fsdp=2),
-    "tp2": ParallelConfig(fsdp=1, tp=2, **BOTH),
-    "fsdp2_tp2": ParallelConfig(fsdp=2, tp=2, **BOTH),
-    "tp4": ParallelConfig(fsdp=1, tp=4, **BOTH),
-    "hsdp2x2": ParallelConfig(dp_replicate=2, fsdp=2),
-}
 # float32 adds rounding to what float64 proves; two meshes show that it stays within bounds.
-USED = {DType.float64: tuple(MESHES), DType.float32: ("one", "fsdp2_tp2")}
+USED = {
+    DType.float64: ("one", "fsdp2", "tp2", "fsdp2_tp2", "tp4", "hsdp2x2"),
+    DType.float32: ("one", "fsdp2_tp2"),
+}
 GRID = [(dtype, mesh) for dtype, meshes in USED.items() for mesh in meshes]
 HALF, WHOLE = 5, 10
 TEXT = "\n".join(
@@ -55,14 +38,12 @@ TEXT = "\n".join(
 
 def config(folder: Path, mesh: str, dtype: DType, **checkpoint: object) -> Config:
     """A small run on uneven documents, with a schedule that has not ended by the last step."""
-    return Config(
-        run_name=mesh,
-        run_dir=str(folder),
-        steps=WHOLE,
-        device=DeviceName.cpu,
+    return run_config(
+        folder,
+        mesh,
+        mesh,
+        WHOLE,
         dtype=dtype,
-        model=ModelConfig(hidden_size=32, intermediate_size=32, num_layers=1, head_dim=8, num_experts=4),
-        parallel=resolve_parallel(MESHES[mesh], None),
         optim=OptimConfig(
             lr=3e-3,
             aux_coef=0.05,
@@ -90,17 +71,12 @@ def train(cfg: Config, steps: int) -> tuple[str, str]:
     trainer = Trainer(replace(cfg, steps=steps), torch.device("cpu"))
     trainer.start()
     before = digest(trainer)
-    with redirect_stdout(io.StringIO()):
-        trainer.fit()
+    fit(trainer)
     return before, digest(trainer)
 
 
 def train_all(cfgs: list[tuple[Config, int]]) -> list[tuple[str, str]]:
     return [train(cfg, steps) for cfg, steps in cfgs]
-
-
-def losses(run: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run / "metrics.jsonl")]
 
 
 @pytest.fixture(scope="module")
@@ -130,13 +106,13 @@ def test_every_mesh_goes_on_from_every_other(trained, dtype, target):
         cfgs.append((replace(cfg, run_name=f"{source}-to-{target}"), WHOLE))
     results = run_distributed(train_all, world_size_of(cfgs[0][0].parallel), cfgs, timeout=120)[0]
 
-    expected = losses(folder / "whole")
+    expected = figures(folder / "whole")
     tolerance = 1e-9 if dtype is DType.float64 else 1e-5
     for (cfg, _), (loaded, _), source in zip(cfgs, results, USED[dtype], strict=True):
         assert loaded == digests[source], f"{cfg.run_name}: weights or moments changed on the way"
-        resumed = losses(Path(cfg.run_dir) / cfg.run_name)
+        resumed = figures(Path(cfg.run_dir) / cfg.run_name)
         assert resumed == pytest.approx(expected[HALF:], rel=tolerance), cfg.run_name
-    assert losses(folder / target) == pytest.approx(expected[:HALF], rel=tolerance)
+    assert figures(folder / target) == pytest.approx(expected[:HALF], rel=tolerance)
 
 
 @pytest.mark.parametrize("mesh", ["one", "fsdp2_tp2"])
@@ -148,7 +124,7 @@ def test_on_the_same_mesh_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tra
     halves = replace(config(folder, mesh, dtype, resume=resume), run_name=f"{mesh}-halves")
     results = run_distributed(train_all, world_size_of(whole.parallel), [(whole, WHOLE), (halves, WHOLE)])[0]
     assert results[0][1] == results[1][1]
-    assert losses(folder / whole.run_name)[HALF:] == losses(folder / halves.run_name)
+    assert figures(folder / whole.run_name)[HALF:] == figures(folder / halves.run_name)
 
 
 def test_auto_goes_on_with_the_same_folder_and_keeps_the_horizon(trained):

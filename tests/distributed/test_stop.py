@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -87,10 +88,22 @@ def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path: Path, sent: si
     assert [line["step"] for line in read_metrics(tmp_path / "stopped" / "metrics.jsonl")] == list(range(1, last + 3))
 
 
+def has_child(pid: int) -> bool:
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            if int(stat.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                return True
+    return False
+
+
 def test_a_second_signal_ends_at_once(tmp_path: Path) -> None:
     """Here while the ranks still start, and look for no file."""
     command = train(tmp_path, LONG)
-    time.sleep(2)
+    deadline = time.monotonic() + 240
+    while not has_child(command.pid):  # the ranks' agent, from which on the launcher listens
+        assert command.poll() is None and time.monotonic() < deadline, "nothing was launched"
+        time.sleep(0.05)
+    time.sleep(0.5)
     command.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     command.send_signal(signal.SIGTERM)

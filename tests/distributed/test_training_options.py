@@ -1,7 +1,5 @@
 """Freezing, groups, offload and the guard against spikes: the same on every mesh, and kept by a checkpoint."""
 
-import io
-from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,52 +7,32 @@ from typing import Any
 import pytest
 import torch
 
+from moe_trainer.config.choices import OnSpike, Recompute
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    DeviceName,
-    DType,
-    GroupConfig,
-    ModelConfig,
-    OnSpike,
-    OptimConfig,
-    ParallelConfig,
-    Recompute,
-)
-from moe_trainer.config.validate import resolve_parallel, world_size_of
+from moe_trainer.config.schema import CheckpointConfig, Config, GroupConfig, ModelConfig, OptimConfig
+from moe_trainer.config.validate import world_size_of
 from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.compare import assert_close_by_part, full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train import trainer as module
 from moe_trainer.train.trainer import Trainer
+from tests.distributed.runs import fit, run_config
 
-BOTH = {"sequence_parallel": True, "expert_parallel": True}
-MESHES = {
-    "one": ParallelConfig(fsdp=1),
-    "fsdp2": ParallelConfig(fsdp=2),
-    "tp2": ParallelConfig(fsdp=1, tp=2, **BOTH),
-    "sp2": ParallelConfig(fsdp=1, tp=2, sequence_parallel=True),
-}
 FROZEN = ["model.layers.*.mlp.gate", "model.layers.*.mlp.experts", "model.norm"]
 GROUPS = [GroupConfig("model.layers.*.self_attn", 0.1, 0.5)]
 
 
 def config(folder: Path, mesh: str, steps: int, run: str = "run", **optim: Any) -> Config:
-    return Config(
-        run_name=run,
-        run_dir=str(folder),
-        steps=steps,
-        device=DeviceName.cpu,
-        dtype=DType.float64,
+    return run_config(
+        folder,
+        run,
+        mesh,
+        steps,
         model=ModelConfig(
             hidden_size=32, intermediate_size=32, num_layers=2, head_dim=8, num_experts=4, initializer_range=0.2
         ),
-        parallel=resolve_parallel(MESHES[mesh], None),
         optim=OptimConfig(lr=1e-2, schedule_steps=10, eps=1e-4, **optim),
-        data=DataConfig(text="one for the kettle, two for the long road home", seq_len=9, global_batch_size=4),
         checkpoint=CheckpointConfig(resume="auto"),
     )
 
@@ -64,8 +42,7 @@ def train(cfg: Config) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]
     trainer = Trainer(cfg, torch.device("cpu"))
     trainer.start()
     before = full_tensors(trainer._tensors())
-    with redirect_stdout(io.StringIO()):
-        trainer.fit()
+    fit(trainer)
     return before, full_tensors(trainer._tensors())
 
 
@@ -129,8 +106,7 @@ def jumpy(cfg: Config, jumps: dict[int, float]) -> list[torch.Tensor]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "grad_norm", lambda parameters: real(parameters) * jumps.get(trainer.state.step, 1.0))
         patch.setattr("moe_trainer.optim.spikes._WARMUP", 4)
-        with redirect_stdout(io.StringIO()):
-            trainer.fit()
+        fit(trainer)
     return [local_part(tensor).clone() for tensor in trainer._tensors().values()]
 
 

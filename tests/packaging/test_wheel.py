@@ -74,7 +74,7 @@ def test_installed_commands_know_their_configs(scripts: Path, tmp_path: Path) ->
 
 
 def test_installed_program_trains(scripts: Path, tmp_path: Path) -> None:
-    done = run(scripts / "moe-train", "+recipe=mixtral_sp_ep", "steps=2", folder=tmp_path)
+    done = run(scripts / "moe-train", "+recipe=mixtral_sp_ep", "parallel.fsdp=1", "steps=2", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     run_folder = tmp_path / "runs" / "mixtral_sp_ep"
     assert len((run_folder / "metrics.jsonl").read_text().splitlines()) == 2

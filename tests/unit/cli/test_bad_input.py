@@ -138,6 +138,8 @@ CONFIG = [
     Mistake("parallel.mesh=auto launch.shrink=true", "launch.shrink=true needs launch.max_restarts"),
     Mistake("launch.timeout_seconds=0", "launch.timeout_seconds=0.0 must be above 0"),
     Mistake("checks.replicas_every=0", "checks.replicas_every=0 must be at least 1"),
+    Mistake("checks.replay_every=0", "checks.replay_every=0 must be at least 1"),
+    Mistake("checks.replay_every=5", "checks.replay_every=5 needs deterministic=true"),
 ]
 CONFIG = [Mistake([*SENTENCE, *str(m.argv).split()], m.says, m.arrange, m.env) for m in CONFIG]
 
@@ -322,9 +324,7 @@ CHECKPOINT = [
         lambda place: step(place).rename(step(place).with_name("step-00000009")) and None,
     ),
     Mistake([*RESUMED, "model.intermediate_size=32"], "model.intermediate_size=32 (there 16)"),
-    Mistake(
-        [*RESUMED, "seed=7"], "another seed: seed=7 (there 0); go back to those, or say checkpoint.allow"
-    ),
+    Mistake([*RESUMED, "seed=7"], "another seed: seed=7 (there 0); go back to those, or say checkpoint.allow"),
     Mistake([*RESUMED, "data.text=other words here"], "another data: data.text=other words here (there some words"),
     Mistake(NAMED, "COMMIT.json has format 9; this version reads 1", commit_changed(format=9)),
     Mistake(NAMED, "state.json has format 9", newer("state.json", format=9)),
