@@ -80,9 +80,10 @@ def _mesh(device_type: str, **sizes: int) -> DeviceMesh:
     axes = {name: size for name, size in sizes.items() if size > 1 or name in ("fsdp", "efsdp")}
     mesh = init_device_mesh(device_type, tuple(axes.values()), mesh_dim_names=tuple(axes))
     # Groups of an axis have PyTorch's time-out of 10 or 30 minutes, whatever the world was given.
-    timeout = dist.group.WORLD._get_backend(torch.device("cpu")).options._timeout
-    for group in mesh.get_all_groups():
-        _set_pg_timeout(timeout, group)
+    options = getattr(dist.group.WORLD._get_backend(torch.device("cpu")), "options", None)
+    if options is not None:  # a fake world, for printing a plan, has none
+        for group in mesh.get_all_groups():
+            _set_pg_timeout(options._timeout, group)
     return mesh
 
 
