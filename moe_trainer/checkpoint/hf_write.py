@@ -18,6 +18,7 @@ import torch
 
 from moe_trainer.checkpoint.hf import INDEX, SINGLE
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import sync
 from moe_trainer.models.keymap import volume
 
 _CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
@@ -77,11 +78,11 @@ def write_hf(
                 with (temporary / name).open("wb") as file:
                     file.write(text.encode())
                     _sync(file)
-            _sync_folder(temporary)
+            sync(temporary)
             temporary.rename(out)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
-        _sync_folder(out.parent)
+        sync(out.parent)
     except OSError as error:
         raise ConfigError(f"{out} cannot be written: {error}") from error
 
@@ -169,11 +170,3 @@ def _write_tensor(file: BinaryIO, tensor: LazyTensor) -> None:
 def _sync(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -36,12 +36,12 @@ from moe_trainer.checkpoint.manifest import (
     FileRecord,
     damage,
     record_files,
-    sync,
     write_commit,
     write_synced,
 )
 from moe_trainer.checkpoint.sharded import Block, blocks_to_write, save_blocks
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import sync
 
 TENSORS = "tensors"
 _LEFTOVER = re.compile(r"step-\d{8,}\.(tmp|del)")

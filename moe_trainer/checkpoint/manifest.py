@@ -12,6 +12,7 @@ import torch
 
 from moe_trainer.checkpoint.agreement import describe_error
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import sync
 
 FORMAT = 1
 COMMIT = "COMMIT.json"
@@ -123,12 +124,3 @@ def write_synced(path: Path, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-
-
-def sync(path: Path) -> None:
-    """See a file's bytes, or the names in a folder, on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

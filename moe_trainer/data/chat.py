@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import read_object
 from moe_trainer.data.shards import Encoded
 from moe_trainer.data.sources import Document, encodable
 
@@ -174,15 +175,7 @@ def _without_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
 
 
 def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    return settings
+    return read_object(path) if path.is_file() else {}
 
 
 def _token_text(token: Any) -> str:

@@ -22,6 +22,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import sync
 from moe_trainer.data import tokenizer as tokenizers
 
 INDEX = "index.json"
@@ -134,16 +135,7 @@ def write_durably(path: Path, content: bytes | memoryview) -> None:
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
-    sync_folder(path.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Put the folder's entries on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(path.parent)
 
 
 def write_index(folder: Path, index: Index) -> None:

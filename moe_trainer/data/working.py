@@ -10,7 +10,8 @@ from tempfile import mkdtemp
 from typing import NamedTuple, TextIO
 
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.data.shards import is_prepared, read_index, sync_folder, write_durably
+from moe_trainer.config.files import sync
+from moe_trainer.data.shards import is_prepared, read_index, write_durably
 
 _REQUEST = "request.json"
 
@@ -54,12 +55,12 @@ def working_folder(out: Path, request: str, keys: Keys) -> Iterator[Path | None]
                 raise
             for path in (*working.glob("shard-*.json"), *working.glob("*.new")):
                 path.unlink()
-            sync_folder(working)
+            sync(working)
             working.rename(final)
             for name in ("lock", _REQUEST):  # not before: who found the folder unlocked would empty it
                 (final / name).unlink()
-            sync_folder(final)
-            sync_folder(final.parent)
+            sync(final)
+            sync(final.parent)
             return
 
 

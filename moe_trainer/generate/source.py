@@ -1,6 +1,5 @@
 """Where a model to generate with comes from: one of our checkpoints, a run, or a Hugging Face folder."""
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from moe_trainer.checkpoint.manager import TENSORS, read_document, resolve_check
 from moe_trainer.checkpoint.manifest import COMMIT
 from moe_trainer.checkpoint.sharded import load_tensors, stored_tensors
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import read_object
 from moe_trainer.config.schema import ModelConfig
 from moe_trainer.data.tokenizer import end_of_text_id, load_tokenizer
 from moe_trainer.generate.sampling import GREEDY, Sampling
@@ -110,15 +110,7 @@ def _tokenizer(folder: Path) -> Tokenizer:
 
 def _read_json(path: Path) -> dict[str, Any]:
     """The object in the file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    return values
+    return read_object(path) if path.is_file() else {}
 
 
 def _hf_stop_ids(folder: Path, wishes: dict[str, Any], tokenizer: Tokenizer) -> frozenset[int]:

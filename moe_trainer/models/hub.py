@@ -4,7 +4,6 @@ Nothing here imports torch: the command line reads a folder's config.json before
 """
 
 import importlib
-import json
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 from moe_trainer.config.choices import Family, RopeType
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import read_object
 from moe_trainer.config.schema import ModelConfig, RopeConfig
 from moe_trainer.models.keymap import Piece
 
@@ -70,13 +70,7 @@ def read_config(folder: Path) -> HubConfig:
         ConfigError: it is missing, or no JSON object.
     """
     path = folder / "config.json"
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(values, dict):
-            raise ValueError("not a JSON object")
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    return HubConfig(path, values)
+    return HubConfig(path, read_object(path))
 
 
 def family_of(folder: Path) -> Family:

@@ -341,8 +341,11 @@ class Trainer:
     def _dump(self, metrics: StepMetrics) -> str:
         """Of the step just skipped; see `dump_skipped_step`."""
         after, self.state = self.state, self.state.before(self.loader.global_batch_size, metrics.num_tokens)
+
+        def take() -> Losses:
+            return self.add_gradients(self.loader.batch(self.state.samples).to(self.device))
+
         try:
-            take = lambda: self.add_gradients(self.loader.batch(self.state.samples).to(self.device))  # noqa: E731
             at_hand = self.run_folder, self.state, metrics, self.loader
             return dump_skipped_step(*at_hand, self.model, self._tensors(), take)
         finally:
