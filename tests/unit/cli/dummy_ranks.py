@@ -1,4 +1,8 @@
-"""What the ranks of `test_launch` run: `python -m dummy_ranks FOLDER MODE`; each leaves a file with its id."""
+"""What the ranks of `test_launch` run: `python -m dummy_ranks FOLDER MODE`; each leaves a file with its id.
+
+No part begins before both ranks have left theirs: a rank that fails at once would have the launcher end the other,
+on a loaded machine still importing, before the test could know which process must be gone.
+"""
 
 import os
 import signal
@@ -48,11 +52,20 @@ def die_once_in_a_group(folder: Path, rank: str) -> None:
         dist.all_reduce(torch.ones(1))
 
 
+def meet(folder: Path, rank: str) -> None:
+    """Leave this rank's id and wait for the other's."""
+    written = folder / f".rank{rank}"
+    written.write_text(str(os.getpid()))
+    written.rename(folder / f"rank{rank}")
+    while len(list(folder.glob("rank*"))) < 2:
+        time.sleep(0.02)
+
+
 def behave(folder: Path, mode: str, rank: str) -> int:
     """Play one part: ends well, sleeps, ignores signals, makes a mistake, crashes or is killed."""
-    (folder / f"rank{rank}").write_text(str(os.getpid()))
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    meet(folder, rank)
     if mode == "mistake":
         raise ConfigError("data.path=x: no\nsuch file")
     if mode == "crash" and rank == "1":
