@@ -152,19 +152,20 @@ def swiglu_backward(
         return grad_gate_up, activated, grad_weights.view_as(top_k_weights)
     weights = _of_rows(top_k_weights, routes)
     gate, up = gate_up.to(weights.dtype).chunk(2, dim=-1)
-    sigmoid = gate.sigmoid()
-    silu = gate * sigmoid
-    upstream = grad.to(weights.dtype)
-    grad_of_row = (upstream * silu * up).sum(-1)
-    grad_weights = torch.zeros_like(top_k_weights).flatten()
+    silu, upstream = F.silu(gate), grad.to(weights.dtype)
+    activated = silu * up
     here = torch.arange(len(grad), device=grad.device) < routes.offsets[-1]
-    grad_weights[routes.order] = grad_of_row.masked_fill(~here, 0)
+    grad_weights = torch.zeros_like(top_k_weights).flatten()
+    grad_weights[routes.order] = (upstream * activated).sum(-1).masked_fill_(~here, 0)
     upstream = upstream * weights
-    grad_gate = upstream * up * sigmoid * (1 + gate * (1 - sigmoid))
-    grad_gate_up = torch.cat((grad_gate, upstream * silu), dim=-1).to(gate_up.dtype)
-    return grad_gate_up, (silu * up * weights).to(gate_up.dtype), grad_weights.view_as(top_k_weights)
+    grad_gate_up = torch.empty(gate_up.shape, dtype=weights.dtype, device=gate_up.device)
+    grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
+    torch.ops.aten.silu_backward(upstream * up, gate, grad_input=grad_gate)
+    torch.mul(upstream, silu, out=grad_up)
+    activated = (activated * weights).to(gate_up.dtype)
+    return grad_gate_up.to(gate_up.dtype), activated, grad_weights.view_as(top_k_weights)
 
 
 def _of_rows(top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:
     """[tokens, top_k] -> [rows, 1]."""
-    return top_k_weights.flatten()[routes.order].unsqueeze(-1)
+    return top_k_weights.flatten().index_select(0, routes.order).unsqueeze(-1)

@@ -56,6 +56,32 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_rows, grad_weight, None, None
 
 
+def add_bias(rows: torch.Tensor, bias: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`rows + bias[e]` for the rows of each expert e; rows, offsets and gradients as in `grouped_linear`.
+
+    Args:
+        rows: [rows, out].
+        bias: [num_experts, out]. Its gradient is a product with ones: deterministic, and not one row after the other
+            as indexing's is.
+    """
+    return _AddBias.apply(rows, bias, offsets)
+
+
+class _AddBias(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, bias: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(offsets)
+        experts = torch.bucketize(torch.arange(len(rows), device=rows.device), offsets, right=True)
+        return rows + bias.index_select(0, experts.clamp_(max=len(bias) - 1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+        if not ctx.needs_input_grad[1]:
+            return grad, None, None
+        ones = grad.new_ones(len(grad), 16 // grad.itemsize)  # as wide as the grouped product wants it at least
+        return grad, outer(grad.contiguous(), ones, ctx.saved_tensors[0])[..., 0], None
+
+
 def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """[rows, a] x [num_experts, a, b] -> [rows, b], without autograd."""
     if grouped_gemm_supported(rows.dtype, *weight.shape[1:]) and len(rows):

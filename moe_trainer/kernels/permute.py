@@ -90,7 +90,7 @@ def gather_rows(tokens: torch.Tensor, routes: Routes) -> torch.Tensor:
 
         sizes = len(routes.order), routes.top_k
         return gpu.spread(tokens.contiguous(), routes.inverse, routes.offsets[-1:], *sizes)
-    return tokens[routes.order // routes.top_k]
+    return tokens.index_select(0, routes.order // routes.top_k)
 
 
 def sum_pairs(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
@@ -104,8 +104,8 @@ def sum_pairs(rows: torch.Tensor, routes: Routes) -> torch.Tensor:
         return gpu.sum_pairs(rows.contiguous(), routes.inverse, routes.offsets[-1:], routes.top_k)
     if not len(rows):
         return rows.new_zeros(len(routes.inverse) // routes.top_k, rows.shape[1])
-    here = (routes.inverse < routes.offsets[-1]).unsqueeze(-1)
-    pairs = torch.where(here, rows[routes.inverse.clamp(max=len(rows) - 1)], rows.new_zeros(()))
+    elsewhere = (routes.inverse >= routes.offsets[-1]).unsqueeze(-1)
+    pairs = rows.index_select(0, routes.inverse.clamp(max=len(rows) - 1)).masked_fill_(elsewhere, 0)
     wide = torch.promote_types(rows.dtype, torch.float32)
     return pairs.unflatten(0, (-1, routes.top_k)).sum(1, dtype=wide).to(rows.dtype)
 

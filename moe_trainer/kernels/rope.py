@@ -11,25 +11,31 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Turn each pair (i, i + width / 2) of x [batch, heads, seq, width] by its angle.
 
     Args:
-        cos: [seq, width], or anything that broadcasts to x; likewise sin.
+        cos: [seq, width], both halves alike, or anything that broadcasts to x; likewise sin.
     """
-    if has_kernel(x) and cos.ndim == 2 and x.stride(-1) == 1:
-        return _Rotate.apply(x, cos, sin)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
+    return _Rotate.apply(x, cos, sin)
 
 
 class _Rotate(torch.autograd.Function):
+    """Backward turns the gradient the other way."""
+
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        from moe_trainer.kernels.gpu import rope as gpu
-
         ctx.save_for_backward(cos, sin)
-        return gpu.rotate(x, cos, sin, inverse=False)
+        return _turn(x, cos, sin, inverse=False)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _turn(grad, *ctx.saved_tensors, inverse=True), None, None
+
+
+def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
+    if has_kernel(x) and cos.ndim == 2:
         from moe_trainer.kernels.gpu import rope as gpu
 
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        return gpu.rotate(grad, *ctx.saved_tensors, inverse=True), None, None
+        return gpu.rotate(x if x.stride(-1) == 1 else x.contiguous(), cos, sin, inverse)
+    half, sign = x.shape[-1] // 2, -1 if inverse else 1
+    out = x * cos
+    out[..., :half].addcmul_(x[..., half:], sin[..., :half], value=-sign)
+    out[..., half:].addcmul_(x[..., :half], sin[..., half:], value=sign)
+    return out

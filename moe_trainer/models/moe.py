@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_trainer.kernels.experts import Exchange, exchanged, swiglu_experts
-from moe_trainer.kernels.grouped_gemm import Multiply, grouped_linear, multiply
+from moe_trainer.kernels.grouped_gemm import Multiply, add_bias, grouped_linear, multiply
 from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
 from moe_trainer.models.capacity import within_capacity
 from moe_trainer.models.router import Router, Routing
@@ -124,20 +124,14 @@ class ClampedExperts(Experts):
     ) -> torch.Tensor:
         """As `compute_routes`, of the tokens that the routes are about."""
         rows = permute(x, routes)
-        experts = torch.bucketize(torch.arange(len(rows), device=rows.device), routes.offsets, right=True)
         gate_up = self.adapted_product(rows, "gate_up_proj", weights, routes.offsets)
-        gate, up = (gate_up + _of_rows(weights["gate_up_bias"].flatten(1), experts)).chunk(2, dim=-1)
+        gate, up = add_bias(gate_up, weights["gate_up_bias"].flatten(1), routes.offsets).chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         activated = (up + 1) * gate * torch.sigmoid(gate * self.alpha)
         out = self.adapted_product(activated, "down_proj", weights, routes.offsets)
-        out = out + _of_rows(weights["down_bias"], experts)
+        out = add_bias(out, weights["down_bias"], routes.offsets)
         of_rows = permute(top_k_weights.view(-1, 1), routes._replace(top_k=1))  # [rows, 1]
         return combine((out * of_rows).to(x.dtype), routes)
-
-
-def _of_rows(bias: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
-    """[num_experts, width] -> [rows, width]; rows of no expert take a zero that passes no gradient on."""
-    return torch.cat((bias, bias.new_zeros(1, bias.shape[1])))[experts]
 
 
 class SparseMoeBlock(nn.Module):

@@ -1,5 +1,6 @@
 """This process as one rank of a world."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Iterator
@@ -36,6 +37,7 @@ def process_group(device: DeviceName, timeout_seconds: float = 1800.0) -> Iterat
         backend = "cpu:gloo,cuda:nccl"
     else:
         torch_device, backend = torch.device("cpu"), "gloo"
+        _keep_freed_memory()
     if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE") and sys.platform == "linux":
         # One machine: do not depend on what its host name resolves to.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -56,6 +58,19 @@ def process_group(device: DeviceName, timeout_seconds: float = 1800.0) -> Iterat
         # After an exception other ranks may be in a collective, which leaving in good order would wait for.
         if is_whole or dist.get_world_size() == 1:
             dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Tensors of megabytes come and go hundreds of times a step: left alone, glibc gives their memory back to the
+    system, which fills each page with zeros when it is taken again."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for option, number in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20)):
+            mallopt(option, number)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""mallopt(3)."""
 
 
 def _init(backend: str, timeout_seconds: float) -> None:

@@ -2,7 +2,7 @@
 
     python -m torch.distributed.run --standalone --nproc-per-node=2 scripts/bench/train.py model=olmoe_1b_7b \
         parallel=sp_ep parallel.fsdp=2 parallel.ep=2 data.micro_batch_size=4 [any key of moe-train] \
-        [--steps=12] [--peer] [--profile]
+        [--steps=12] [--peer | --both] [--profile]
 
 Sequences of data.seq_len (4096 unless given) uniformly random tokens, data.global_batch_size one micro-batch for each
 data rank unless given, no auxiliary loss unless given, in the first steps of a warm-up of 2,000 unless given: at the
@@ -10,14 +10,16 @@ full rate random tokens teach the router of a new model nothing but a preference
 of the last two thirds of the steps as tokens a second a GPU and TFLOP/s (6 x active parameters without the embedding,
 causal attention halved), the peak memory, what of it are weights and moments, and how many pairs the busiest expert
 rank has over the mean. `--peer` measures transformers instead, with FSDP2 over all ranks, grouped_mm experts and
-fused AdamW. `--profile` adds where one step's GPU time goes, by kernel.
+fused AdamW; `--both` measures both in one process, taking turns step by step, where the machine's own speed moves.
+`--profile` adds where one step's GPU time goes, by kernel.
 """
 
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -145,37 +147,43 @@ def main() -> None:
     steps = int(option("steps", "12"))
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("--")]
     cfg = config_of(overrides)
-    start = time.perf_counter()
+    kinds = [Ours, Transformers] if "--both" in sys.argv else [Transformers if "--peer" in sys.argv else Ours]
     with process_group(cfg.device) as device:
-        side = Transformers(cfg, device) if "--peer" in sys.argv else Ours(cfg, device)
-        side.step()
-        _synchronize(device)
-        first_step = time.perf_counter() - start
-        seconds = step_times(side.step, steps - 1, device)[steps // 3 - 1 :]
+        sides, first_steps = [], []
+        for kind in kinds:
+            start = time.perf_counter()
+            sides.append(kind(cfg, device))
+            sides[-1].step()
+            _synchronize(device)
+            first_steps.append(time.perf_counter() - start)
+        times = step_times([side.step for side in sides], steps - 1, device)
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
-        states, load = side.state_bytes() / 2**30, side.rank_load(cfg.parallel.ep or 1)
-        median, world = statistics.median(seconds), dist.get_world_size()
-        tokens = side.tokens.num_tokens(0) / world
-        flops = tokens * flops_per_token(cfg.model, cfg.data.seq_len)
-        limit = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        row = {
-            "what": " ".join(overrides),
-            "by": side.name,
-            "ranks": world,
-            "tok/s/GPU": tokens / median,
-            "TFLOP/s": flops / median / 1e12,
-            "MFU": "-" if limit is None else f"{flops / median / limit:.1%}",
-            "ms/step": median * 1e3,
-            "fastest": min(seconds) * 1e3,
-            "peak GiB": round(peak, 1),
-            "states GiB": round(states, 1),
-            "busiest rank / mean": round(load, 2),
-            "start to first step, s": round(first_step, 1),
-        }
-        if dist.get_rank() == 0:
-            record("train", row)
-        if "--profile" in sys.argv:
-            _profile(side.step, device)
+        for side, seconds, first_step in zip(sides, times, first_steps, strict=True):
+            row = _row(cfg, side, seconds[steps // 3 - 1 :], device)
+            row |= {"peak GiB": round(peak, 1), "start to first step, s": round(first_step, 1)}
+            if dist.get_rank() == 0:
+                record("train", {"what": " ".join(overrides), **row})
+            if "--profile" in sys.argv:
+                _profile(side.step, device)
+
+
+def _row(cfg: Config, side: Ours | Transformers, seconds: list[float], device: torch.device) -> dict[str, object]:
+    states, load = side.state_bytes() / 2**30, side.rank_load(cfg.parallel.ep or 1)
+    median, world = statistics.median(seconds), dist.get_world_size()
+    tokens = side.tokens.num_tokens(0) / world
+    flops = tokens * flops_per_token(cfg.model, cfg.data.seq_len)
+    limit = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return {
+        "by": side.name,
+        "ranks": world,
+        "tok/s/GPU": tokens / median,
+        "TFLOP/s": flops / median / 1e12,
+        "MFU": "-" if limit is None else f"{flops / median / limit:.1%}",
+        "ms/step": median * 1e3,
+        "fastest": min(seconds) * 1e3,
+        "states GiB": round(states, 1),
+        "busiest rank / mean": round(load, 2),
+    }
 
 
 def config_of(overrides: list[str]) -> Config:
@@ -191,22 +199,28 @@ def config_of(overrides: list[str]) -> Config:
     return validate(cfg, world_size_from_env() or 1, count_gpus(cfg.device), local_world_size_from_env())
 
 
-def step_times(step: Callable[[], None], steps: int, device: torch.device) -> list[float]:
-    """Seconds from the end of one step to the end of the next, on the device, which is not waited for in between: the
-    host queues the next step while one runs, as in training."""
-    if device.type != "cuda":
-        marks = [time.perf_counter()]
-        for _ in range(steps):
+def step_times(turns: Sequence[Callable[[], None]], rounds: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each step in turn, [turns][rounds]: from the end of the step before to its own, on the device, which
+    is not waited for in between: the host queues the next step while one runs, as in training."""
+    marks = [_mark(device)]
+    for _ in range(rounds):
+        for step in turns:
             step()
-            marks.append(time.perf_counter())
-        return [end - start for start, end in pairwise(marks)]
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        step()
-        event.record()
-    torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) / 1000 for start, end in pairwise(events)]
+            marks.append(_mark(device))
+    _synchronize(device)
+    if device.type == "cuda":
+        seconds = [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
+    else:
+        seconds = [end - start for start, end in pairwise(marks)]
+    return [seconds[turn :: len(turns)] for turn in range(len(turns))]
+
+
+def _mark(device: torch.device) -> Any:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 def _profile(step: Callable[[], None], device: torch.device) -> None:
@@ -214,7 +228,7 @@ def _profile(step: Callable[[], None], device: torch.device) -> None:
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
-        step_times(step, 2, device)
+        step_times([step], 2, device)
     if dist.get_rank() == 0:
         averages = profiler.key_averages()
         by = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"

@@ -36,7 +36,7 @@ class SinkAttention(Attention):
 
     A sink is a key that scores the same with every query, and whose value is zero: one more dim in queries (one) and
     keys (zero, but the score in the sink's key) makes it so, and PyTorch's fused attention does the rest. Eight dims
-    are added, because fused kernels want whole 16 bytes.
+    are added, to values too, because fused kernels want whole 16 bytes and the CPU's one width.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, window: int | None) -> None:
@@ -61,7 +61,8 @@ class SinkAttention(Attention):
         query = F.pad(F.pad(query, (0, 1), value=1.0), (0, 7))
         key = torch.cat((F.pad(key, (0, 8)), sink), dim=2)
         mask = F.pad(mask, (0, 1), value=True)
-        return F.scaled_dot_product_attention(query, key, F.pad(value, (0, 0, 0, 1)), mask, scale=scale)
+        out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, 8, 0, 1)), mask, scale=scale)
+        return out[..., : self.head_dim]
 
     def attend_documents(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents

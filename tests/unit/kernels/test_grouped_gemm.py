@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_trainer.kernels.grouped_gemm import grouped_gemm_supported, grouped_linear
+from moe_trainer.kernels.grouped_gemm import add_bias, grouped_gemm_supported, grouped_linear
 
 COUNTS = {
     "usual": [3, 1, 2],
@@ -38,6 +38,25 @@ def test_against_a_naive_loop(dtype: torch.dtype, name: str) -> None:
     torch.testing.assert_close(weight.grad, grad_weight)
     for expert, count in enumerate(counts):
         assert count or not weight.grad[expert].any()
+
+
+@pytest.mark.parametrize("name", COUNTS)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
+def test_bias_of_each_expert(dtype: torch.dtype, name: str) -> None:
+    counts = COUNTS[name]
+    used, total = sum(counts), sum(counts) + (5 if "end" in name else 0)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(total, 8, generator=generator).to(dtype).requires_grad_()
+    bias = torch.randn(3, 8, generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(total, 8, generator=generator).to(dtype)
+    grad[used:] = float("nan")  # undefined: nothing may come of it
+
+    out = add_bias(rows, bias, torch.tensor(counts).cumsum(0).int())
+    out.backward(grad)
+    expected = rows[:used] + bias.repeat_interleave(torch.tensor(counts), 0)
+    assert out[:used].equal(expected) and rows.grad[:used].equal(grad[:used])
+    wide = torch.stack([part.double().sum(0) for part in grad[:used].split(counts)])
+    torch.testing.assert_close(bias.grad, wide.to(dtype))
 
 
 def test_gradcheck() -> None:

@@ -57,6 +57,18 @@ def test_frozen_weights_and_weights_of_the_type() -> None:
     run_distributed(frozen_and_alike, 1)
 
 
+def in_pieces() -> None:
+    """A gradient that is a part of a wider tensor: fused AdamW would read it as if it were whole."""
+    master = master_of(torch.ones(2, 3))
+    compute_copy(master, torch.float32).backward(torch.arange(48.0).view(2, 3, 8)[..., 0])
+    local = master.grad.to_local()
+    assert local.is_contiguous() and local.flatten().tolist() == [0, 8, 16, 24, 32, 40]
+
+
+def test_a_gradient_in_pieces_is_laid_out_like_the_weight() -> None:
+    run_distributed(in_pieces, 1)
+
+
 def outlives_its_use() -> bool:
     copy = compute_copy(master_of(torch.ones(2, 3)), torch.bfloat16)
     seen = weakref.ref(copy)
