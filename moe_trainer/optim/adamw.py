@@ -1,6 +1,6 @@
 """AdamW: parameter groups, state that exists before the first step, and its tensors by parameter name."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -208,12 +208,28 @@ def optimizer_tensors(
     }
 
 
-def optimizer_step(optimizer: torch.optim.AdamW) -> int:
-    """Steps that moved the weights, read from the device."""
-    return int(torch.stack([state["step"] for state in optimizer.state.values()]).max())
+def optimizer_step(
+    optimizer: torch.optim.AdamW,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    moments_since: Mapping[str, int],
+) -> int:
+    """Steps that moved weights, read from the device; arguments as `set_optimizer_step`."""
+    name, parameter = next(pair for pair in named_parameters if pair[1] in optimizer.state)
+    return int(optimizer.state[parameter]["step"]) + moments_since.get(name, 0)
 
 
-def set_optimizer_step(optimizer: torch.optim.AdamW, step: int) -> None:
-    """Set the number of steps taken, which the bias correction uses, for every parameter."""
-    for state in optimizer.state.values():
-        state["step"].fill_(step)
+def set_optimizer_step(
+    optimizer: torch.optim.AdamW,
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    moments_since: Mapping[str, int],
+    step: int,
+) -> None:
+    """Set the number of steps taken, which bias correction and random rounding use, for every parameter.
+
+    Args:
+        moments_since: by name, the step after which a parameter's moments begin, where that is not the first.
+        step: steps that moved weights.
+    """
+    for name, parameter in named_parameters:
+        if parameter in optimizer.state:
+            optimizer.state[parameter]["step"].fill_(step - moments_since.get(name, 0))

@@ -63,6 +63,18 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, resh
             module.set_force_sum_reduction_for_comms(True)
 
 
+def end_backward(model: nn.Module) -> None:
+    """After each backward pass: the next forward pass is one from the start, and lets its gathering wait for what was
+    queued before, such as the optimizer's work.
+
+    Activation checkpointing runs the grouped norms again in the backward pass, which FSDP takes for the begin of a
+    forward pass. PyTorch before 2.13 never sees that one end, and later passes then gather at once, before the
+    weights have moved.
+    """
+    if isinstance(model, FSDPModule):
+        model._get_fsdp_state()._state_ctx.iter_forward_root = None  # there is no public way
+
+
 def _widen(model: nn.Module, dtype: torch.dtype) -> None:
     """Store norms, routers and adapters in `dtype`: they are small."""
     for module in model.modules():

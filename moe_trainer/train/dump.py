@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,8 @@ def dump_skipped_step(
     path = folder / f"skipped-step-{step:08d}" / f"rank{rank}.json"
     try:
         facts = _at_hand(rank, state, metrics, loader) | {"tensors": _summaries(tensors.items())}
-        _write(path, facts)
+        with suppress(OSError):  # the second writing says it: this rank is waited for in what comes between
+            _write(path, facts)
         facts["taken_again"] = _take_again(model, take)
         _write(path, facts)
     except Exception as error:  # the run ends for another reason

@@ -1,7 +1,6 @@
 """The trainer: a sharded model, its optimizer, and the step."""
 
 import gc
-import hashlib
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -18,6 +17,7 @@ from moe_trainer.checkpoint.manager import (
     CheckpointManager,
     checkpoint_to_resume,
     read_document,
+    refuse_later_steps,
     resolve_checkpoint,
 )
 from moe_trainer.checkpoint.resume import Identity, check_changes
@@ -44,7 +44,7 @@ from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_factor, grad_norm
 from moe_trainer.parallel.compute_copy import widen_gradients
 from moe_trainer.parallel.cross_entropy import IGNORED_LABEL
-from moe_trainer.parallel.fsdp import shard_over_data
+from moe_trainer.parallel.fsdp import end_backward, shard_over_data
 from moe_trainer.parallel.heartbeat import Heartbeat
 from moe_trainer.parallel.initialize import initialize, initialize_adapters
 from moe_trainer.parallel.mesh import build_meshes
@@ -133,6 +133,7 @@ class Trainer:
             checkpoint = checkpoint_to_resume(self.checkpoints.root)
         elif resume != "none":
             checkpoint = resolve_checkpoint(Path(resume))
+            refuse_later_steps(self.checkpoints.root, checkpoint)
         if checkpoint is not None:
             self.load(checkpoint)
         elif self.cfg.model.init_from is not None:
@@ -239,12 +240,12 @@ class Trainer:
     def add_gradients(self, batch: Batch, entropy: RouterEntropy | None = None) -> Losses:
         """Forward and backward passes over the micro-batches of the next step; this rank's shares of the losses."""
         num_tokens = self.loader.num_tokens(self.state.samples)
-        self._seed_step()
         shares = Losses.zeros(self.num_sparse_layers, self.cfg.model.num_experts, self.device)
         for micro_batch in batch.split(self.loader.grad_accum_steps):  # [micro_batch, seq]
             output = self.model(micro_batch.input_ids, documents=micro_batch.documents)
             loss, losses = self.loss_fn(output, micro_batch.labels, num_tokens)
             loss.backward()
+            end_backward(self.model)
             if self.loader.grad_accum_steps > 1:
                 widen_gradients(self.model.parameters())
             shares = shares.add(losses)
@@ -272,7 +273,8 @@ class Trainer:
 
     def _documents(self) -> dict[str, str]:
         """What lies beside the tensors of a checkpoint: file name -> text."""
-        self.state.skipped_steps = self.state.step - optimizer_step(self.optimizer)
+        moved = optimizer_step(self.optimizer, self.model.named_parameters(), self.state.moments_since)
+        self.state.skipped_steps = self.state.step - moved
         self.state.grad_norms = self.spikes.to_list()
         return {
             "state.json": self.state.to_json(
@@ -298,11 +300,9 @@ class Trainer:
         state.seed, state.data_fingerprint = self.state.seed, self.state.data_fingerprint
         ours = Identity(state.seed, state.data_fingerprint)
         changed = check_changes(checkpoint, saved, self.cfg, self.tokenizer.to_str(pretty=True), ours)
-        thawed = self._load_tensors(checkpoint / TENSORS)
-        set_optimizer_step(self.optimizer, state.step - state.skipped_steps)
-        for name, parameter in self.model.named_parameters():
-            if name in thawed:  # its moments are those of a first step
-                self.optimizer.state[parameter]["step"].zero_()
+        moved = state.step - state.skipped_steps
+        state.moments_since |= dict.fromkeys(self._load_tensors(checkpoint / TENSORS), moved)
+        set_optimizer_step(self.optimizer, self.model.named_parameters(), state.moments_since, moved)
         self.spikes.load(state.grad_norms)
         if self.cfg.optim.schedule_steps is not None:
             state.schedule_steps = self.cfg.optim.schedule_steps
@@ -378,11 +378,6 @@ class Trainer:
         """Which of the tokens that this rank routed have a label: [batch, seq] or this rank's part of it."""
         valid = labels != IGNORED_LABEL
         return valid if self.loss_fn.sequence is None else self.loss_fn.sequence.local(valid)
-
-    def _seed_step(self) -> None:
-        """Random numbers are a function of (seed, step, data rank): resuming needs no saved generator."""
-        key = f"{self.state.seed}:{self.state.step}:{self.loader.data_rank}"
-        torch.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1)
 
     def _sum_over_data(self, shares: Losses) -> Losses:
         """One all-reduce over all ranks; those of a tensor-parallel group hold the same share."""

@@ -20,7 +20,7 @@ from moe_trainer.models.registry import FAMILIES
 from moe_trainer.models.router import GroupedSigmoidRouter
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_factor, grad_norm
-from moe_trainer.parallel.fsdp import shard_over_data
+from moe_trainer.parallel.fsdp import end_backward, shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import Meshes, build_meshes
 from moe_trainer.parallel.precision import Precision
@@ -293,6 +293,7 @@ def _train(
             rows = slice(start, start + micro)
             loss, losses = loss_fn(model(ids[rows]), labels[rows], num_tokens)
             loss.backward()
+            end_backward(model)
             shares = shares.add(losses)
         steps.append(shares.unflatten(total(shares.flatten()).cpu()))
         if len(steps) == 1:

@@ -121,6 +121,7 @@ def test_the_figure_is_that_of_a_plain_model_on_every_mesh(world: int, folder: P
 
 def train(cfg: Config) -> tuple[dict[str, torch.Tensor], list[float]]:
     """This rank's tensors after the run, and a random number drawn then."""
+    torch.manual_seed(0)
     trainer = runs.train(cfg)
     tensors = {name: local_part(tensor).clone() for name, tensor in trainer._tensors().items()}
     return tensors, torch.rand(3).tolist()

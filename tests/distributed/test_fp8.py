@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from moe_trainer.config.choices import Compute, DeviceName, Recompute
+from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import Config, DataConfig, ModelConfig, ParallelConfig
 from moe_trainer.config.validate import resolve_parallel, world_size_of
 from moe_trainer.testing.compare import full_tensors, relative_error
@@ -81,3 +82,17 @@ def test_meshes(mesh: str, one_process: tuple[Gradients, Gradients], tmp_path: P
     for name, gradient in ours.items():
         limit = 1e-4 if mesh == "fsdp=2" else relative_error(rounded[name], exact[name])
         assert relative_error(gradient, rounded[name]) < limit, name
+
+
+def refused(cfg: Config) -> str:
+    with pytest.raises(ConfigError) as caught:
+        Trainer(cfg, torch.device("cpu"))
+    return str(caught.value)
+
+
+def test_a_linear_layer_that_fp8_products_do_not_take_is_refused(tmp_path: Path) -> None:
+    """On a GPU it would be multiplied in float32, which is many times slower."""
+    narrow = config(tmp_path, "tp=2", Compute.fp8)
+    narrow.model = replace(narrow.model, head_dim=12)
+    for said in run_distributed(refused, 2, narrow):
+        assert said.startswith("compute=fp8: model.layers.0.self_attn.q_proj has a weight of 24 x 64 on a rank, and")

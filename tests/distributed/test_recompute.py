@@ -3,19 +3,24 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_trainer.config.choices import Dispatch, Family, Recompute
+from moe_trainer.config.schema import Config, ModelConfig
 from moe_trainer.models.router import Router
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train import recompute as module
 from moe_trainer.train.recompute import recompute_layers
+from moe_trainer.train.trainer import Trainer
 from tests.distributed.reference import MODEL, Case, Outcome, batches, describe, mesh, plain_model, train_all
+from tests.distributed.runs import run_config
 from tests.distributed.test_families import MODELS
 
 KINDS = (Recompute.full, Recompute.selective)
@@ -135,3 +140,29 @@ def test_the_choice_is_kept_even_where_computing_again_gives_another(
     monkeypatch.setattr(module, "_CHOICES", frozenset())  # without it the same test fails
     first, second, *again = choices(kind, monkeypatch)
     assert not torch.equal(again[1], first) and not torch.equal(again[0], second)
+
+
+def root_after_a_step(cfg: Config) -> str:
+    """What FSDP takes for the root of a forward pass under way, where, as before PyTorch 2.13, the end of a backward
+    pass leaves it."""
+    real = FSDPState._root_post_backward_final_callback
+
+    def end(state: FSDPState) -> None:
+        context = state._state_ctx
+        root = context.iter_forward_root
+        real(state)
+        context.iter_forward_root = root
+
+    trainer = Trainer(cfg, torch.device("cpu"))
+    trainer.start()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FSDPState, "_root_post_backward_final_callback", end)
+        trainer.train_step(trainer.loader.batch(0))
+    return repr(trainer.model._get_fsdp_state()._state_ctx.iter_forward_root)
+
+
+def test_the_next_forward_pass_waits_for_the_optimizer(tmp_path: Path) -> None:
+    """On a GPU, FSDP gathers on streams of its own, which only the root of a pass lets wait."""
+    model = ModelConfig(hidden_size=32, intermediate_size=32, num_layers=2, head_dim=8, num_experts=4)
+    cfgs = [run_config(tmp_path, kind.value, "one", 1, recompute=kind, model=model) for kind in KINDS]
+    assert [run_distributed(root_after_a_step, 1, cfg)[0] for cfg in cfgs] == ["None", "None"]

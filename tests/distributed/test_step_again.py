@@ -147,3 +147,13 @@ def test_a_run_that_learns_nothing_more_says_where_its_numbers_ceased_to_be_fini
     (document, same), tokens = bad["samples"][1]["documents"], bad["samples"][1]["tokens"]
     assert document == same == bad["samples"][1]["sample"]
     assert tokens[1] - tokens[0] == len(LINES[document].encode()) + 1  # and the end of the document
+
+
+def test_a_rank_that_cannot_write_takes_part_in_the_second_taking(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "stuck", "optim.max_skipped_steps=2", steps=20)
+    folder = tmp_path / "stuck" / "skipped-step-00000004"
+    (folder / "rank1.json").mkdir(parents=True)
+    said = run_distributed(train, 2, cfg, poison)
+    assert str(said[0]).endswith(f"what each rank saw of step 4: {folder}/rank*.json")
+    assert f"{folder / 'rank1.json'} is not complete: " in str(said[1])
+    assert json.loads((folder / "rank0.json").read_text())["taken_again"]["gradients"]["parts"]

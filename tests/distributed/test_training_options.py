@@ -90,6 +90,17 @@ def test_a_checkpoint_goes_on_frozen_and_thawed_again(tmp_path: Path) -> None:
     assert [line["step"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
 
 
+def test_what_was_thawed_resumes_bit_for_bit(tmp_path: Path) -> None:
+    """Its moments are younger than those of the rest, and bias correction knows by how much."""
+    run_distributed(train, 1, config(tmp_path, "one", 3, "frozen", freeze=FROZEN))
+    frozen = CheckpointConfig(resume=str(tmp_path / "frozen"))
+    whole = run_distributed(train, 1, replace(config(tmp_path, "one", 7, "whole"), checkpoint=frozen))[0][1]
+    run_distributed(train, 1, replace(config(tmp_path, "one", 5, "halves"), checkpoint=frozen))
+    halves = run_distributed(train, 1, config(tmp_path, "one", 7, "halves"))[0][1]
+    assert [name for name, value in whole.items() if not torch.equal(value, halves[name])] == []
+    assert {line["skipped_steps"] for line in read_metrics(tmp_path / "halves" / "metrics.jsonl")} == {0}
+
+
 @pytest.mark.parametrize("mesh", ["fsdp2", "tp2"])
 def test_offloaded_moments_train_and_resume_bit_for_bit(mesh: str, tmp_path: Path) -> None:
     plain = run_distributed(train, 2, config(tmp_path, mesh, 4, "plain"))[0][1]

@@ -110,7 +110,7 @@ def test_state_loaded_in_place_goes_on_as_if_uninterrupted():
     assert all(not tensor.any() for tensor in template.values())
     for name, tensor in template.items():
         tensor.copy_(saved[name])
-    set_optimizer_step(fresh, 2)
+    set_optimizer_step(fresh, resumed.named_parameters(), {}, 2)
     take_steps(resumed, fresh, range(2, 4), ONE)
     for mine, other in zip(resumed.parameters(), whole.parameters(), strict=True):
         assert torch.equal(mine, other)
