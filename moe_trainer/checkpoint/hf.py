@@ -46,7 +46,8 @@ def load_hf(
     Raises:
         ConfigError: a file that is missing, damaged or outside the folder; or every tensor that is missing,
             unexpected, of the wrong shape or of an unreadable dtype, and every parameter not covered; or a tied
-            tensor that was stored twice with different values. No parameter has been changed then.
+            tensor that was stored twice with different values. No parameter has been changed then. Or values that
+            are not finite, which only show while they are read.
     """
     with ExitStack() as stack:
         with agreed("reading Hugging Face weights"):
@@ -62,6 +63,8 @@ def load_hf(
                 assert list(local.shape) == [part.stop - part.start for part in box], name
                 for piece in pieces[name]:
                     _fill(local, box, piece, parameter.shape, files)
+                if local.numel() and not torch.stack(local.detach().aminmax()).isfinite().all():
+                    raise ConfigError(f"{folder}: {name} holds NaN or infinity, or more than {local.dtype} can hold")
 
 
 def _fill(local: torch.Tensor, box: Box, piece: Piece, shape: Sequence[int], files: "HubFiles") -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import torch
 
-from moe_trainer.checkpoint.manager import TENSORS, read_document
+from moe_trainer.checkpoint.manager import TENSORS, inside, read_document
 from moe_trainer.checkpoint.manifest import read_commit
 from moe_trainer.checkpoint.sharded import stored_tensors
-from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.errors import ConfigError, printable
 
 
 def describe(checkpoint: Path) -> str:
@@ -22,7 +22,7 @@ def describe(checkpoint: Path) -> str:
     commit = read_commit(checkpoint)
     state = _json(checkpoint, "state.json")
     model = _json(checkpoint, "model.json")
-    stored = stored_tensors(checkpoint / TENSORS)
+    stored = stored_tensors(inside(checkpoint, f"{TENSORS}/.metadata").parent)
     weights = {name.removeprefix("model."): entry for name, entry in stored.items() if name.startswith("model.")}
     others = {name: entry for name, entry in stored.items() if not name.startswith("model.")}
     on_disk = sum(record["size"] for record in commit["files"].values())
@@ -40,7 +40,7 @@ def describe(checkpoint: Path) -> str:
     shown = {name: value for name, value in head.items() if value not in (None, "")}
     width = max(map(len, shown)) + 2
     lines = [f"{name:<{width}}{value}" for name, value in shown.items()]
-    return "\n".join([*lines, "", *_table(weights)]) + "\n"
+    return "\n".join(map(printable, [*lines, "", *_table(weights)])) + "\n"
 
 
 def _table(weights: dict[str, tuple[torch.Size, torch.dtype]]) -> list[str]:
@@ -65,10 +65,11 @@ def _bytes(tensors: dict[str, tuple[torch.Size, torch.dtype]]) -> str:
     return f"{sum(math.prod(shape) * dtype.itemsize for shape, dtype in tensors.values()):,} bytes"
 
 
-def _pairs(value: object) -> str:
+def _pairs(value: object, depth: int = 2) -> str:
     """`fsdp=2 tp=2`; nothing for a list or a deeper structure, which no one reads here."""
     if isinstance(value, dict):
-        return " ".join(f"{name}={_pairs(entry)}" for name, entry in value.items() if _pairs(entry))
+        parts = {name: _pairs(entry, depth - 1) for name, entry in value.items()} if depth else {}
+        return " ".join(f"{name}={part}" for name, part in parts.items() if part)
     return "" if value is None or isinstance(value, list) else str(value)
 
 

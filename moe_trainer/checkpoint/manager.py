@@ -35,6 +35,7 @@ from moe_trainer.checkpoint.manifest import (
     STEP,
     FileRecord,
     damage,
+    read_commit,
     record_files,
     write_commit,
     write_synced,
@@ -45,6 +46,8 @@ from moe_trainer.config.files import sync
 
 TENSORS = "tensors"
 _LEFTOVER = re.compile(r"step-\d{8,}\.(tmp|del)")
+_SECONDS_TO_SEE = 60.0
+"""For a file of another machine; network file systems remember for some seconds that a name was not there."""
 _logger = logging.getLogger(__name__)
 
 
@@ -165,6 +168,7 @@ class CheckpointManager:
             gathered = {name: record for ranks in gather(records, group) for name, record in ranks.items()}
             with agreed(action, group):
                 if is_rank_zero():
+                    _wait_to_see(temporary, gathered)
                     _commit(temporary, final, step, gathered, documents)
         except (ConfigError, RuntimeError):
             if is_rank_zero():
@@ -184,7 +188,7 @@ class CheckpointManager:
                 raise ConfigError(f"{final} is complete already and is not overwritten; use another run_name")
         for leftover in self.root.iterdir():
             if _LEFTOVER.fullmatch(leftover.name) and leftover.is_dir() and not leftover.is_symlink():
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)  # one that cannot be removed is no reason not to save
         free = shutil.disk_usage(self.root).free
         if free < need:
             raise ConfigError(f"{self.root}: disk full: the checkpoint needs {need:,} bytes, {free:,} are free")
@@ -239,6 +243,27 @@ def resolve_checkpoint(path: Path) -> Path:
     return on_rank_zero("checkpoint", lambda: _resolve(path))
 
 
+def refuse_later_steps(root: Path, checkpoint: Path) -> None:
+    """Refuse to go on from a checkpoint in a folder that holds later ones: those would be taken for what came of it.
+
+    Collective as `find_latest`.
+
+    Raises:
+        ConfigError: names the newest of them.
+    """
+
+    def look() -> None:
+        step = read_commit(checkpoint)["step"]
+        later = (folder for folder in reversed(_published(root)) if _step(folder) > step and not damage(folder))
+        if newest := next(later, None):
+            raise ConfigError(
+                f"{root} holds later steps ({newest.name}) than {checkpoint}, from which checkpoint.resume would "
+                "go on; give another run_name, or move those away"
+            )
+
+    on_rank_zero("checkpoint.resume", look)
+
+
 def read_document(checkpoint: Path, name: str) -> str:
     """Text of one document of a checkpoint.
 
@@ -246,11 +271,24 @@ def read_document(checkpoint: Path, name: str) -> str:
         ConfigError: it is not there, not text, or a link that leads outside the checkpoint.
     """
     try:
-        if not (checkpoint / name).resolve().is_relative_to(checkpoint.resolve()):
-            raise ConfigError(f"{checkpoint}: {name} is a link that leads outside the folder")
-        return (checkpoint / name).read_text(encoding="utf-8")
+        return inside(checkpoint, name).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{checkpoint}: cannot read {name}: {error}") from error
+
+
+def inside(checkpoint: Path, name: str) -> Path:
+    """The path of a file of a checkpoint.
+
+    Raises:
+        ConfigError: a link leads outside the checkpoint, or to itself.
+    """
+    try:
+        is_inside = (checkpoint / name).resolve().is_relative_to(checkpoint.resolve())
+    except (OSError, RuntimeError) as error:
+        raise ConfigError(f"{checkpoint}: cannot read {name}: {error}") from error
+    if not is_inside:
+        raise ConfigError(f"{checkpoint}: {name} is a link that leads outside the folder")
+    return checkpoint / name
 
 
 def _newest(root: Path) -> Path | None:
@@ -314,6 +352,23 @@ def _own_files(temporary: Path) -> list[Path]:
     rank = dist.get_rank() if is_distributed() else 0
     own = list((temporary / TENSORS).glob(f"__{rank}_*"))
     return [*own, temporary / TENSORS / ".metadata"] if rank == 0 else own
+
+
+def _wait_to_see(folder: Path, records: Mapping[str, FileRecord]) -> None:
+    """Until the files of all ranks are here: between machines that may take a while, or be in vain.
+
+    Raises:
+        ConfigError: one is not seen.
+    """
+    deadline = time.monotonic() + _SECONDS_TO_SEE
+    for name, record in records.items():
+        while not (folder / name).is_file() or (folder / name).stat().st_size != record["size"]:
+            if time.monotonic() > deadline:
+                raise ConfigError(
+                    f"{folder}: {name}, which another rank wrote, is not seen by the first; run_dir must lie on a "
+                    "file system that all machines of the run share"
+                )
+            time.sleep(0.1)
 
 
 def _aside(folder: Path) -> Path:

@@ -84,9 +84,11 @@ def read_commit(checkpoint: Path) -> dict[str, Any]:
         names = [PurePosixPath(name) for name in commit["files"]]
         if any(name.is_absolute() or ".." in name.parts for name in names):
             raise ValueError("a file outside the folder")
+        kinds = [(int, commit["step"]), (str, commit["torch"])]
         for record in commit["files"].values():
-            int(record["size"]), str(record["sha256"])
-        int(commit["step"])
+            kinds += [(int, record["size"]), (str, record["sha256"])]
+        if odd := [value for kind, value in kinds if type(value) is not kind]:
+            raise ValueError(f"{str(odd[0])[:40]!r} is of the wrong type")
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise

@@ -188,22 +188,32 @@ def read_metadata(folder: Path) -> Metadata:
     try:
         with path.open("rb") as file:
             metadata = _MetadataUnpickler(file).load()
+        _check_metadata(metadata, folder.resolve())
     except FileNotFoundError:
         raise ConfigError(f"{path} is missing: not a complete checkpoint") from None
-    except Exception as error:  # a damaged pickle raises almost anything
+    except Exception as error:  # a damaged pickle raises almost anything, and gives objects of almost any content
         raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not isinstance(metadata, Metadata) or not metadata.storage_data:
-        raise ConfigError(f"{path} does not describe a checkpoint")
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ConfigError(f"{path}: {name} is not a tensor")
-        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
-            raise ConfigError(f"{path}: {name} is not covered by its parts")
-    root = folder.resolve()
-    for file in {str(info.relative_path) for info in metadata.storage_data.values()}:
-        if (root / file).resolve().parent != root:
-            raise ConfigError(f"{path} names a file outside its folder: {file}")
     return metadata
+
+
+def _check_metadata(metadata: object, root: Path) -> None:
+    """Raises ValueError, or whatever its objects raise that are not what they should be."""
+    if not isinstance(metadata, Metadata) or not metadata.storage_data:
+        raise ValueError("it does not describe a checkpoint")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata) or not isinstance(entry.properties.dtype, torch.dtype):
+            raise ValueError(f"{name} is not a tensor")
+        for chunk in entry.chunks:
+            if MetadataIndex(name, chunk.offsets) not in metadata.storage_data:
+                raise ValueError(f"{name} has a part in no file")
+            bounds = zip(chunk.offsets, chunk.sizes, entry.size, strict=True)
+            if not all(0 <= offset <= offset + size <= full for offset, size, full in bounds):
+                raise ValueError(f"{name} has a part outside of it")
+        if sum(math.prod(chunk.sizes) for chunk in entry.chunks) != math.prod(entry.size):
+            raise ValueError(f"{name} is not covered by its parts")
+    for file in {info.relative_path for info in metadata.storage_data.values()}:
+        if (root / file).resolve().parent != root:
+            raise ValueError(f"it names a file outside its folder: {file}")
 
 
 def refuse_interleaved(name: str, tensor: torch.Tensor) -> None:

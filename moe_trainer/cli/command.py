@@ -1,5 +1,6 @@
 """What the commands share: exit codes, who speaks, and what the environment says about ranks and GPUs."""
 
+import errno
 import os
 import signal
 import sys
@@ -10,12 +11,19 @@ from types import FrameType
 from moe_trainer.cli.launch import end_with_parent, launch_folder, report_to_launcher, was_launched
 from moe_trainer.cli.whereabouts import leave_on_sigterm, note_whereabouts
 from moe_trainer.config.choices import DeviceName
-from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.errors import ConfigError, printable
+
+_OF_PATHS = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES,
+    errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+}  # fmt: skip
+"""What a person mends, and another start does not."""
 
 
 def run_command(name: str, body: Callable[[], int]) -> int:
     """The exit code of `body`: 2 and one line on stderr for the user's mistake, 130 for Ctrl-C.
 
+    A path that cannot be used is a mistake too, wherever it shows: one too long or forbidden, a disk that is full.
     Of several ranks one speaks: under `launch` the launcher does, under another torchrun rank 0.
     """
     before = signal.getsignal(signal.SIGTERM)
@@ -26,17 +34,17 @@ def run_command(name: str, body: Callable[[], int]) -> int:
         signal.signal(signal.SIGTERM, _leave)
     try:
         return body()
-    except ConfigError as error:
-        line = f"{name}: {' '.join(str(error).split())}"
-        if was_launched():
-            report_to_launcher(line)
-        elif is_first_rank():
-            print(line, file=sys.stderr)
-        _leave_others_alone(2)
-        return 2
     except KeyboardInterrupt:
         return 130
     except Exception as error:
+        if (mistake := _mistake(error)) is not None:
+            line = f"{name}: {' '.join(mistake.split())}"
+            if was_launched():
+                report_to_launcher(line)
+            elif is_first_rank() or (_is_in_a_group() and not isinstance(error, ConfigError)):  # of this rank alone
+                print(line, file=sys.stderr)
+            _leave_others_alone(2)
+            return 2
         folder = launch_folder()
         if folder is not None:
             note_whereabouts(folder, traceback.extract_tb(error.__traceback__))
@@ -50,6 +58,15 @@ def run_command(name: str, body: Callable[[], int]) -> int:
         raise
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def _mistake(error: Exception) -> str | None:
+    """What to say of it, if it is one that a person makes."""
+    if isinstance(error, ConfigError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _OF_PATHS:
+        return printable(f"{error.filename}: {error.strerror}" if error.filename else str(error))
+    return None
 
 
 def _leave_others_alone(code: int) -> None:

@@ -16,12 +16,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from moe_trainer.cli.whereabouts import NCCL_DUMP, describe_ranks
+from moe_trainer.config.checks import fits_one_machine
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -91,6 +93,7 @@ def launch_again(
 
 
 def _launch(module: str, start: Start, lets_finish: bool) -> Outcome:
+    fits_one_machine(start.nproc)
     with TemporaryDirectory(prefix="moe_trainer_") as name:
         folder = Path(name)
         arguments = ["--standalone", f"--nproc-per-node={start.nproc}", "-m", module, *start.argv]
@@ -120,7 +123,8 @@ def _wait(agent: subprocess.Popen[bytes], stop: Path, lets_finish: bool) -> tupl
     def end_ranks(signum: int, frame: FrameType | None) -> None:
         if lets_finish and not stop.exists():
             stop.touch()
-            print("stopping after the step at hand; once more to end at once", file=sys.stderr)
+            with suppress(OSError):  # a terminal that hung up takes no text
+                print("stopping after the step at hand; once more to end at once", file=sys.stderr)
             return
         if received:
             agent.kill()
@@ -129,7 +133,10 @@ def _wait(agent: subprocess.Popen[bytes], stop: Path, lets_finish: bool) -> tupl
         agent.terminate()
         kill_late.start()
 
-    before = {signum: signal.signal(signum, end_ranks) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
+        signals.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, end_ranks) for signum in signals}
     try:
         return agent.wait(), received
     finally:

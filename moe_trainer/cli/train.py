@@ -76,8 +76,8 @@ def _train(argv: list[str]) -> int:
 
 def _shape_of(init_from: str, capacity_factor: float | None) -> ModelConfig:
     """The folder's; what a token is turned away for is a matter of training, of which no folder says anything."""
-    shape = model_config_from_hf(check_init_from(init_from))
-    return replace(shape, init_from=init_from, capacity_factor=capacity_factor)
+    folder = check_init_from(init_from)
+    return replace(model_config_from_hf(folder), init_from=str(folder), capacity_factor=capacity_factor)
 
 
 def _recipe_list() -> str:

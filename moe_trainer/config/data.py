@@ -3,7 +3,7 @@
 import math
 from pathlib import Path
 
-from moe_trainer.config.checks import at_least, positive
+from moe_trainer.config.checks import at_least, at_most, positive
 from moe_trainer.config.commands import PrepareCommandConfig, VerifyDataConfig
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import DataConfig, ModelConfig, PrepareConfig
@@ -18,6 +18,7 @@ def check_data(data: DataConfig, model: ModelConfig) -> None:
         check_file("data.tokenizer", data.tokenizer, "; give byte or the path of a tokenizer.json")
     for name in ("micro_batch_size", "global_batch_size"):
         at_least(f"data.{name}", getattr(data, name), 1)
+        at_most(f"data.{name}", getattr(data, name), 2**24)
     if data.seq_len is not None:
         at_least("data.seq_len", data.seq_len, 1)
         if data.seq_len > model.max_position_embeddings:
@@ -96,6 +97,7 @@ def _check_settings(cfg: PrepareConfig, prefix: str) -> None:
         check_file(f"{prefix}tokenizer", cfg.tokenizer, "; give byte or the path of a tokenizer.json")
     if cfg.train_tokenizer is not None:
         at_least(f"{prefix}train_tokenizer", cfg.train_tokenizer, 258)
+        at_most(f"{prefix}train_tokenizer", cfg.train_tokenizer, 2**22)  # the library makes room for all at once
     if cfg.chat_template is not None:
         check_file(f"{prefix}chat_template", cfg.chat_template)
     if not 0 <= cfg.validation_share < 1:

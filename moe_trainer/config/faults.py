@@ -3,7 +3,7 @@
 Nothing here imports torch.
 """
 
-from moe_trainer.config.checks import at_least, positive
+from moe_trainer.config.checks import at_least, at_most, positive
 from moe_trainer.config.choices import MeshChoice
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import Config
@@ -13,6 +13,7 @@ def check_faults(cfg: Config) -> None:
     """Raises `ConfigError` for the first rule that is broken."""
     at_least("launch.max_restarts", cfg.launch.max_restarts, 0)
     positive("launch.timeout_seconds", cfg.launch.timeout_seconds)
+    at_most("launch.timeout_seconds", cfg.launch.timeout_seconds, 2**31)
     if cfg.launch.shrink and cfg.parallel.mesh is not MeshChoice.auto:
         raise ConfigError("launch.shrink=true needs parallel.mesh=auto, which finds a mesh for fewer ranks")
     if cfg.launch.shrink and not cfg.launch.max_restarts:

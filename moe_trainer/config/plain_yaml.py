@@ -14,7 +14,7 @@ def read_leaves(text: str) -> dict[str, Any]:
     """
     try:
         return dict(_leaves(yaml.load(text, _PlainLoader) or {}))
-    except (yaml.YAMLError, AttributeError, RecursionError) as error:
+    except (yaml.YAMLError, AttributeError, LookupError, RecursionError) as error:  # `!!int ""` is a LookupError
         raise ValueError(str(error).splitlines()[0] if str(error) else "it is not a mapping") from error
 
 

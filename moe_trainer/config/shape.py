@@ -5,7 +5,7 @@ Nothing here imports torch.
 
 from pathlib import Path
 
-from moe_trainer.config.checks import at_least, divides, positive
+from moe_trainer.config.checks import at_least, at_most, divides, positive
 from moe_trainer.config.choices import Family
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import ModelConfig, ParallelConfig, RopeConfig
@@ -29,6 +29,14 @@ _FAMILIES_WITH = {
     ),
 }
 """Keys that some families know nothing of, and which do."""
+_MOST = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "dense_intermediate_size"), 2**22),
+    **dict.fromkeys(("num_heads", "num_kv_heads", "head_dim", "num_experts", "num_shared_experts"), 2**14),
+    **dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 2**14),
+    "num_layers": 2**12,
+    "capacity_factor": 2**20,
+}
+"""Beyond the largest models by far; products of larger sizes are no sizes of tensors any more."""
 
 
 def check_model(model: ModelConfig) -> None:
@@ -42,6 +50,8 @@ def check_model(model: ModelConfig) -> None:
         *("num_experts", "top_k", "max_position_embeddings"),
     ):
         at_least(f"model.{name}", getattr(model, name), 1)
+    for name, most in _MOST.items():
+        at_most(f"model.{name}", getattr(model, name) or 0, most)
     for name in ("rms_norm_eps", "initializer_range"):
         positive(f"model.{name}", getattr(model, name))
     if model.capacity_factor is not None:

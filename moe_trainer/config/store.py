@@ -6,6 +6,7 @@ Hydra, OmegaConf or YAML becomes one line that names the key or the file.
 """
 
 import difflib
+import io
 import re
 from collections.abc import Iterable, Iterator
 from functools import reduce
@@ -45,6 +46,8 @@ SCHEMAS: dict[str, type] = {
     "verify_data": VerifyDataConfig,
 }
 _PACKAGE = Path(__file__).resolve().parents[1]
+_MOST_CHARACTERS = 1 << 20
+"""Of a recipe: reading YAML takes a minute for some megabytes."""
 
 
 def config_dir() -> Path:
@@ -61,7 +64,7 @@ def recipe_dir() -> Path:
 
 def recipes() -> dict[str, str]:
     """Name of each recipe -> the first line of its header."""
-    return {path.stem: _first_line(path) for path in sorted(recipe_dir().glob("*.yaml"))}
+    return {path.stem: _first_line(path) for path in _recipe_files()}
 
 
 def config_groups() -> dict[str, list[str]]:
@@ -99,7 +102,11 @@ def compose(command: str, overrides: list[str]) -> Any:
         if recipe:
             _check_given(_blanks(recipe), cfg, keys)
         result = OmegaConf.to_object(cfg)
-    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+    except ConfigError:
+        raise
+    except RecursionError as error:
+        raise ConfigError(f"+recipe={recipe}: nested too deeply, or extends itself") from error
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError, ValueError) as error:
         raise ConfigError(_one_line(error, keys)) from error
     _set_texts(result, texts)
     if recipe and "run_name" not in texts and result.run_name == Config().run_name:
@@ -152,7 +159,7 @@ def _parse(overrides: list[str]) -> list[Override]:
             raise ConfigError(f"{override!r} is not of the form key=value")
         try:
             parsed.append(parser.parse_override(override))
-        except HydraException as error:
+        except (HydraException, ValueError, RecursionError) as error:  # thousands of digits, or of brackets
             key = override.partition("=")[0]
             raise ConfigError(f"{override}: the value of {key} cannot be read") from error
     return parsed
@@ -195,21 +202,33 @@ def _register(with_recipes: bool) -> None:
     store = ConfigStore.instance()
     for command, schema in SCHEMAS.items():
         store.store(name=f"{command}_schema", node=schema)
-    for path in sorted(recipe_dir().glob("*.yaml")) if with_recipes else ():
+    for path in _recipe_files() if with_recipes else ():
         store.store(group="recipe", name=path.stem, node=_load(path), package="_global_")
+
+
+def _recipe_files() -> list[Path]:
+    return sorted(path for path in recipe_dir().glob("*.yaml") if path.is_file())
 
 
 def _load(path: Path) -> DictConfig:
     try:
-        node = OmegaConf.load(path)
-    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+        if len(text) > _MOST_CHARACTERS:
+            raise ConfigError(f"{path} has {len(text):,} characters; put a text to learn into a file: data.path=FILE")
+        # A few lines of aliases make a tree of billions of leaves.
+        if "*" in text and any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+            raise ConfigError(f"{path}: an alias (*) is not allowed; ${{KEY}} takes the value of another key")
+        node = OmegaConf.load(io.StringIO(text))
+        values = OmegaConf.to_container(node, resolve=False)
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: a recipe is a mapping of keys to values")
+        if odd := [name for name, _ in _leaves(values) if "_target_" in name or f"{name}.".startswith("hydra.")]:
+            raise ConfigError(f"{path}: {odd[0]} is not allowed, a recipe holds values only")
+        refuse_resolvers(str(path), values)
+    except ConfigError:
+        raise
+    except (OSError, OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path}: {_message(error)}") from error
-    if not isinstance(node, DictConfig):
-        raise ConfigError(f"{path}: a recipe is a mapping of keys to values")
-    refuse_resolvers(str(path), OmegaConf.to_container(node, resolve=False))
-    targets = [name for name, _ in _leaves(OmegaConf.to_container(node, resolve=False)) if "_target_" in name]
-    if targets:
-        raise ConfigError(f"{path}: {targets[0]} is not allowed, a recipe holds values only")
     return node
 
 
@@ -254,7 +273,7 @@ def _leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def _check_given(blanks: set[str], cfg: DictConfig, keys: dict[str, Key]) -> None:
@@ -274,13 +293,13 @@ def _one_line(error: Exception, keys: dict[str, Key]) -> str:
             hint = "" if name in keys else _nearest(name, keys)
             return f"{where}{name}: {_message(cause)}{hint}"
         cause = cause.__cause__ or cause.__context__
-    return _message(error)
+    return where + _message(error).removeprefix(f"In '{file[1]}': " if file else "")
 
 
 def _message(error: BaseException) -> str:
     if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
         return f"line {error.problem_mark.line + 1}: {error.problem}"
-    lines = str(error).strip().splitlines()
+    lines = [line for line in str(error).splitlines() if line and "raised while composing config:" not in line]
     return lines[0] if lines else type(error).__name__
 
 
@@ -295,4 +314,4 @@ def _nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _first_line(path: Path) -> str:
-    return path.read_text(encoding="utf-8").partition("\n")[0].lstrip("# ").strip()
+    return path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].lstrip("# ").strip()

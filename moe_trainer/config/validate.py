@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from moe_trainer.config.auto_mesh import largest_mesh
-from moe_trainer.config.checks import at_least, positive
+from moe_trainer.config.checks import at_least, fits_one_machine, positive
 from moe_trainer.config.choices import DeviceName, DType, MeshChoice
 from moe_trainer.config.commands import EvaluateConfig, ExportConfig, GenerateConfig, InspectConfig
 from moe_trainer.config.data import check_data, check_file
@@ -71,6 +71,8 @@ def _resolve_mesh(cfg: Config, world_size: int | None, num_gpus: int) -> Paralle
         return check(cfg.parallel, given)
     _check_sizes(cfg.parallel)
     ranks = given or num_gpus or world_size_of(replace(cfg.parallel, fsdp=max(1, cfg.parallel.fsdp)))
+    if world_size is None:
+        fits_one_machine(ranks)  # each number of them is tried
     return largest_mesh(cfg.parallel, ranks, lambda mesh: check(mesh, None), all_of_them=world_size is not None)
 
 
@@ -188,6 +190,8 @@ def _check_prompts(cfg: GenerateConfig) -> None:
             raise ConfigError(f"output={cfg.output} exists already; name a file that does not")
         if not out.parent.is_dir():
             raise ConfigError(f"output={cfg.output}: there is no folder {out.parent}")
+        if not os.access(out.parent, os.W_OK | os.X_OK):
+            raise ConfigError(f"output={cfg.output}: {out.parent} cannot be written to; name a file elsewhere")
 
 
 def validate_export(cfg: ExportConfig) -> None:
@@ -210,10 +214,10 @@ def validate_inspect(cfg: InspectConfig) -> None:
 def parse_size(text: str) -> int:
     """Bytes in `5GB`, `300 MB`, `1.5KB` or a plain number (decimal units)."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)?", text.strip(), re.IGNORECASE)
-    size = int(float(match[1]) * _SIZE_UNITS[(match[2] or "B").upper()]) if match else 0
-    if size < 1:
+    size = float(match[1]) * _SIZE_UNITS[(match[2] or "B").upper()] if match else 0
+    if not 1 <= size < 2**63:
         raise ConfigError(f"max_shard_size={text} must be a size such as 5GB, 300MB or 20000")
-    return size
+    return int(size)
 
 
 def _resolve_ep(parallel: ParallelConfig, fsdp: int) -> int:
@@ -236,8 +240,8 @@ def _resolve_ep(parallel: ParallelConfig, fsdp: int) -> int:
 def _check_run(cfg: Config) -> None:
     if not re.fullmatch(r"[A-Za-z0-9._-]+", cfg.run_name) or cfg.run_name in (".", ".."):
         raise ConfigError(f"run_name={cfg.run_name!r} must be a folder name of letters, digits, '.', '_' and '-'")
-    if not cfg.run_dir:
-        raise ConfigError("run_dir must not be empty")
+    if not cfg.run_dir or "\0" in cfg.run_dir:
+        raise ConfigError(f"run_dir={cfg.run_dir!r} must be the path of a folder")
     at_least("steps", cfg.steps, 1)
     at_least("seed", cfg.seed, 0)
     for key, value in (
@@ -271,8 +275,11 @@ def _check_optim(optim: OptimConfig, steps: int) -> None:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(optim, name) < 1:
             raise ConfigError(f"optim.{name}={getattr(optim, name)} must be at least 0 and below 1")
-    for name in ("weight_decay", "aux_coef", "z_coef", "warmup_steps"):
+    for name in ("weight_decay", "aux_coef", "z_coef", "warmup_steps", "expert_bias_rate"):
         at_least(f"optim.{name}", getattr(optim, name), 0)
+    for group in optim.groups:
+        at_least("optim.groups: lr_scale", group.lr_scale, 0)
+        at_least("optim.groups: weight_decay", group.weight_decay or 0, 0)
     if not 0 <= optim.min_lr_ratio <= 1:
         raise ConfigError(f"optim.min_lr_ratio={optim.min_lr_ratio} must be between 0 and 1")
     if optim.schedule_steps is not None:

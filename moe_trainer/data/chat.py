@@ -20,6 +20,7 @@ from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.files import read_object
 from moe_trainer.data.shards import Encoded
 from moe_trainer.data.sources import Document, encodable
+from moe_trainer.data.tokenizer import encoding_errors
 
 _OPEN, _CLOSE = (f"\x00{secrets.token_hex(8)}{end}" for end in "<>")
 """Stand around what a template marks, until their places are known; nobody else's text has them."""
@@ -136,9 +137,9 @@ def encode_conversations(conversations: list[Rendered], tokenizer: Tokenizer) ->
     """
     texts = [conversation.text for conversation in conversations]
     encoded = []
-    for conversation, encoding in zip(
-        conversations, tokenizer.encode_batch(texts, add_special_tokens=False), strict=True
-    ):
+    with encoding_errors():
+        encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
+    for conversation, encoding in zip(conversations, encodings, strict=True):
         spoken = np.zeros(len(conversation.text) + 1, dtype=bool)
         for start, end in conversation.spans:
             spoken[start:end] = True

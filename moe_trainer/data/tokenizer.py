@@ -1,7 +1,8 @@
 """Text to token ids: the project's own byte-level tokenizer, one trained here, or any tokenizer.json."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +39,7 @@ def load_tokenizer(name: str, key: str | None = "data.tokenizer") -> Tokenizer:
     if not Path(name).is_file():
         raise ConfigError(f"{called}: no such file; give `byte` or the path of a tokenizer.json")
     try:
-        tokenizer = Tokenizer.from_file(name)
+        tokenizer = Tokenizer.from_str(Path(name).read_text(encoding="utf-8"))  # itself it takes no odd path
     except Exception as error:  # the library raises a bare Exception
         raise ConfigError(f"{called}: not a readable tokenizer.json ({error})") from error
     # Settings of whoever saved the file: a sample is cut and padded by packing alone.
@@ -71,12 +72,23 @@ def encode_texts(texts: list[str], tokenizer: Tokenizer) -> list[np.ndarray]:
     """Token ids of each text, int32 [tokens], ended by the end-of-text token if the tokenizer has one."""
     end = end_of_text_id(tokenizer)
     encoded = []
-    for encoding in tokenizer.encode_batch_fast(texts):
+    with encoding_errors():
+        encodings = tokenizer.encode_batch_fast(texts)
+    for encoding in encodings:
         ids = encoding.ids
         if end is not None and ids[-1:] != [end]:  # some tokenizers append it themselves
             ids.append(end)
         encoded.append(np.array(ids, dtype=np.int32))
     return encoded
+
+
+@contextmanager
+def encoding_errors() -> Iterator[None]:
+    """What the library raises for a text, as a ConfigError."""
+    try:
+        yield
+    except Exception as error:  # it raises a bare Exception
+        raise ConfigError(f"the tokenizer cannot take a text ({error}); mend its tokenizer.json") from error
 
 
 def digest(tokenizer: Tokenizer) -> str:

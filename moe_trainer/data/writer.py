@@ -9,6 +9,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import read_object
 from moe_trainer.config.schema import PrepareConfig
 from moe_trainer.data.chat import ChatTemplate, Rendered, encode_conversations
 from moe_trainer.data.shards import TRAIN, VALIDATION, Encoded, ShardEntry, write_durably, write_shard
@@ -32,9 +33,16 @@ class Record:
 
     @classmethod
     def read(cls, path: Path) -> "Record":
-        values = json.loads(path.read_text(encoding="utf-8"))
-        splits = {split: [ShardEntry(**entry) for entry in values[split]] for split in (TRAIN, VALIDATION)}
-        return cls(values["stop"], values.get("skipped", 0), **splits)
+        """
+        Raises:
+            ConfigError: it is damaged.
+        """
+        values = read_object(path)
+        try:
+            splits = {split: [ShardEntry(**entry) for entry in values[split]] for split in (TRAIN, VALIDATION)}
+            return cls(values["stop"], values.get("skipped", 0), **splits)
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{path} cannot be read ({error!r}); prepare the data again") from error
 
 
 def is_held_out(document: Document, share: float, seed: int) -> bool:

@@ -15,6 +15,7 @@ from moe_trainer.config.commands import GenerateConfig
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.config.shape import check_divisions
+from moe_trainer.data.tokenizer import encoding_errors
 from moe_trainer.generate.decoding import generate
 from moe_trainer.generate.prompts import Prompt, read_prompts
 from moe_trainer.generate.quantization import quantize_model
@@ -186,7 +187,8 @@ def _load_model(
 
 def _encode(prompt: Prompt, max_new_tokens: int, source: Source) -> list[int]:
     """The prompt's tokens; they and the new ones must have a place in the model."""
-    ids = source.tokenizer.encode(prompt.text).ids
+    with encoding_errors():
+        ids = source.tokenizer.encode(prompt.text).ids
     if len(ids) > 1 and ids[-1] in source.stop_ids:  # some tokenizers end each text themselves
         ids = ids[:-1]
     if not ids:
@@ -209,8 +211,11 @@ def _encode(prompt: Prompt, max_new_tokens: int, source: Source) -> list[int]:
 
 def _append(path: Path, done: Continuation) -> None:
     result = {"prompt": done.prompt, "continuation": done.text, "tokens": len(done.new_ids), "stopped": done.stopped}
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result, ensure_ascii=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"output={path} cannot be written: {error}") from error
 
 
 def _print(text: str) -> None:

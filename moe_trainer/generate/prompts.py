@@ -6,6 +6,7 @@ from pathlib import Path
 
 from moe_trainer.config.commands import GenerateConfig
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.data.sources import encodable
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ def read_prompts(cfg: GenerateConfig) -> list[Prompt]:
         ConfigError: the file cannot be read, or a line of it is no prompt.
     """
     if cfg.prompts is None:
-        return [Prompt(cfg.prompt)]
+        return [Prompt(encodable(cfg.prompt, "prompt"))]
     path = Path(cfg.prompts)
     try:
         # Not splitlines(), which also parts a text at characters that JSON and people leave in it.
@@ -42,11 +43,11 @@ def read_prompts(cfg: GenerateConfig) -> list[Prompt]:
         where = f"prompts={path}, line {number}"
         try:
             text = parse(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"{where}: {error}") from error
         if not text.strip():
             raise ConfigError(f"{where} is empty: each line must be a prompt")
-        prompts.append(Prompt(text, number))
+        prompts.append(Prompt(encodable(text, where), number))
     return prompts
 
 

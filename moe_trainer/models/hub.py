@@ -4,6 +4,7 @@ Nothing here imports torch: the command line reads a folder's config.json before
 """
 
 import importlib
+import sys
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,7 @@ class HubConfig:
         """A positive number; a missing or null key takes the default, if there is one."""
         value = self.values.get(key)
         value = default if value is None else value
-        if type(value) not in (int, float) or value <= 0:
+        if type(value) not in (int, float) or not 0 < value <= sys.float_info.max:
             raise ConfigError(f"{self.path}: {key}={value} must be a positive number")
         return float(value)
 

@@ -67,7 +67,7 @@ def load_run(folder: Path) -> dict[str, Any]:
         "environment": _read(environment, _read_lines) if environment.is_file() else [],
         **_read(metrics, lambda path: _curves(read_metrics(path), settings)),
     }
-    return finite_json(run)
+    return _read(folder, lambda _: finite_json(run))  # what is nested too deeply
 
 
 def thin_out(steps: np.ndarray, values: np.ndarray, max_points: int = MAX_POINTS) -> Series:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
+from moe_trainer.config.errors import ConfigError
+from moe_trainer.config.files import lock
 from moe_trainer.config.schema import Config
 from moe_trainer.config.store import to_yaml
 from moe_trainer.observe.environment import FLOP_CONVENTION, append_environment, environment
@@ -48,11 +50,15 @@ class RunReport:
         skipped_steps: int = 0,
     ) -> None:
         """`start_step`: steps taken before this command; `skipped_steps`: those among them that moved nothing."""
-        run_folder.mkdir(parents=True, exist_ok=True)
-        (run_folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
         dtype = resolve_precision(cfg.dtype, cfg.reduce_dtype, device).compute
         facts = environment(cfg, device, dtype, start_step, seq_len)
-        append_environment(run_folder / "environment.jsonl", facts)
+        try:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            self._lock = lock(run_folder / "metrics.jsonl")
+            (run_folder / "config.yaml").write_text(to_yaml(cfg), encoding="utf-8")
+            append_environment(run_folder / "environment.jsonl", facts)
+        except OSError as error:
+            raise ConfigError(f"{run_folder} cannot be written to: {error}") from error
         self._cfg = cfg
         self._run_folder = run_folder
         self._log = MetricsLog(run_folder, cfg, cfg.steps, start_step)
@@ -101,6 +107,7 @@ class RunReport:
         finally:
             self._log.close()
             self._draw()
+            self._lock.close()
 
     def _line(self, taken: "_Taken", seconds: float) -> dict[str, Any]:
         split = len(taken.values) - 1 - len(taken.metrics.more)

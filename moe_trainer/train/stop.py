@@ -19,7 +19,7 @@ class StopRequest:
     """Listens while the context is open; `agreed` says when all ranks stop, at the same step.
 
     Under a launcher that tells by a file, signals keep their usual effect, so that a rank that hangs in a collective
-    can be ended. Elsewhere the first SIGINT or SIGTERM is a request, and a second one ends the process at once.
+    can be ended. Elsewhere the first SIGINT, SIGTERM or SIGHUP is a request, and a second one ends the process.
     torchrun kills its ranks 30 s after a signal: where a step and a save take longer, `max_minutes` is the way.
     """
 
@@ -36,9 +36,10 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if self._file is None and threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._receive) for number in (signal.SIGINT, signal.SIGTERM)
-            }
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
+                numbers.append(signal.SIGHUP)
+            self._before = {number: signal.signal(number, self._receive) for number in numbers}
         return self
 
     def __exit__(

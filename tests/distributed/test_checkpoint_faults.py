@@ -172,6 +172,24 @@ def test_error_on_one_rank_is_raised_on_all(tmp_path: Path, where: str) -> None:
     assert find_latest(tmp_path) == tmp_path / "step-00000001"
 
 
+def save_where_nobody_looks(root: Path) -> str:
+    """Each rank's folder is its own, as on machines without a shared file system."""
+    manager_module._SECONDS_TO_SEE = 0.2
+    manager = CheckpointManager(root / str(dist.get_rank()), keep_last=None)
+    manager.start_save(1, tensors(1), {})
+    manager.wait()
+    return str(manager.failure)
+
+
+def test_a_file_that_only_its_machine_sees_is_in_no_checkpoint(tmp_path: Path) -> None:
+    messages = set(run_distributed(save_where_nobody_looks, 2, tmp_path))
+    assert len(messages) == 1
+    assert (
+        "tensors/__1_0.distcp, which another rank wrote, is not seen by the first; run_dir must lie" in messages.pop()
+    )
+    assert not list((tmp_path / "0").iterdir())
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real one, of 300 KB."""

@@ -21,24 +21,25 @@ RECIPE = ["+recipe=mixtral_tiny", "run_name=stopped", "device=cpu"]
 LONG = "steps=100000"
 
 
-def steps_until_agreed(signalled: int) -> tuple[int, str | None]:
+def steps_until_agreed(signalled: int, sent: signal.Signals) -> tuple[int, str | None]:
     """One rank gets a signal during its third step."""
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(sent)
     with StopRequest() as stop:
         steps = 0
         while not stop.agreed():
             steps += 1
             if steps == 3 and dist.get_rank() == signalled:
-                os.kill(os.getpid(), signal.SIGTERM)
+                os.kill(os.getpid(), sent)
             if dist.get_rank() == 1:
                 time.sleep(0.05)  # a slow rank
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert signal.getsignal(sent) is before
     return steps, stop.reason
 
 
-def test_all_ranks_stop_at_the_same_step() -> None:
-    outcomes = run_distributed(steps_until_agreed, 3, 2)
-    assert outcomes == [(4, None), (4, None), (4, "SIGTERM")]  # the vote of one call counts at the next
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGHUP])
+def test_all_ranks_stop_at_the_same_step(sent: signal.Signals) -> None:
+    outcomes = run_distributed(steps_until_agreed, 3, 2, sent)
+    assert outcomes == [(4, None), (4, None), (4, sent.name)]  # the vote of one call counts at the next
 
 
 def test_the_clock_and_the_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from moe_trainer.checkpoint.manager import (
     checkpoint_to_resume,
     find_latest,
     read_document,
+    refuse_later_steps,
     resolve_checkpoint,
 )
 from moe_trainer.checkpoint.manifest import verify
@@ -198,6 +199,32 @@ def test_retention_and_leftovers(tmp_path: Path) -> None:
         "LATEST", "step-00000003", "step-00000004", "step-00000007", "step-00000008.tmp", *foreign
     }  # fmt: skip
     assert find_latest(tmp_path) == tmp_path / "step-00000004"
+
+
+def test_a_leftover_that_cannot_be_removed_is_no_reason_not_to_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a network file system, where somebody still reads what was deleted."""
+    (tmp_path / "step-00000001.del").mkdir()
+    real = os.rmdir
+    monkeypatch.setattr(os, "rmdir", lambda path, **named: fail() if ".del" in str(path) else real(path, **named))
+
+    def fail() -> None:
+        raise OSError(39, "Directory not empty")
+
+    verify(save(tmp_path, 2))
+    assert (tmp_path / "step-00000001.del").is_dir()
+
+
+def test_a_branch_beside_later_steps_is_refused(tmp_path: Path) -> None:
+    """A later resume=auto would take the other branch's last step for this one's."""
+    first, second = save(tmp_path / "run", 1), save(tmp_path / "run", 2)
+    refuse_later_steps(tmp_path / "run", second)
+    refuse_later_steps(tmp_path / "other", first)
+    with pytest.raises(ConfigError, match="holds later steps .step-00000002. than .*step-00000001.*another run_name"):
+        refuse_later_steps(tmp_path / "run", first)
+    flip_bit(shard(second), 100)  # what is damaged is set aside when its step comes
+    refuse_later_steps(tmp_path / "run", first)
 
 
 def test_newest_write_survives_retention_behind_older_steps(tmp_path: Path) -> None:

@@ -2,11 +2,13 @@
 
 import os
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 
 from moe_trainer.checkpoint.sharded import load_tensors, read_metadata, save_tensors, stored_tensors
 from moe_trainer.config.errors import ConfigError
@@ -104,12 +106,36 @@ def test_metadata_that_is_not_metadata(folder: Path) -> None:
         load_tensors(folder, tensors())
 
 
-def test_parts_that_do_not_cover_a_tensor(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        (lambda m, a: setattr(a.chunks[0], "sizes", torch.Size([1, 3])), "a is not covered"),
+        (lambda m, a: setattr(a.chunks[0], "sizes", torch.Size([12])), "cannot be read"),
+        (lambda m, a: _move(m, a, [7, 7]), "a has a part outside of it"),  # nothing of it would be loaded
+        (lambda m, a: setattr(a.chunks[0], "offsets", torch.Size([7, 7])), "a has a part in no file"),
+        (lambda m, a: setattr(a, "chunks", 5), "cannot be read"),
+        (lambda m, a: setattr(a, "size", "wide"), "cannot be read"),
+        (lambda m, a: setattr(a, "properties", None), "cannot be read"),
+        (lambda m, a: setattr(a.properties, "dtype", 3), "a is not a tensor"),
+        (lambda m, a: setattr(m, "state_dict_metadata", [1]), "cannot be read"),
+        (lambda m, a: setattr(m, "storage_data", {1: 2}), "in no file"),
+        (lambda m, a: setattr(next(iter(m.storage_data.values())), "relative_path", 7), "cannot be read"),
+        (lambda m, a: setattr(next(iter(m.storage_data.values())), "relative_path", "\0"), "cannot be read"),
+    ],
+)
+def test_metadata_of_strange_content(folder: Path, change: Callable[..., object], problem: str) -> None:
     metadata = read_metadata(folder)
-    metadata.state_dict_metadata["a"].chunks[0].sizes = torch.Size([1, 3])
+    change(metadata, metadata.state_dict_metadata["a"])
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
-    with pytest.raises(ConfigError, match="a is not covered"):
+    with pytest.raises(ConfigError, match=problem):
         load_tensors(folder, tensors())
+
+
+def _move(metadata: Metadata, entry: TensorStorageMetadata, to: list[int]) -> None:
+    """A part of the tensor to another place, in the list of files too."""
+    index = MetadataIndex("a", entry.chunks[0].offsets)
+    entry.chunks[0].offsets = torch.Size(to)
+    metadata.storage_data[MetadataIndex("a", torch.Size(to))] = metadata.storage_data.pop(index)
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -9,14 +9,17 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from tokenizers import Tokenizer, models
 
 from moe_trainer.cli import checkpoint, generate, train
 from moe_trainer.config import store
+from moe_trainer.config.files import lock
 from moe_trainer.data.tokenizer import load_tokenizer
 
 COMMANDS = {"moe-train": train.main, "moe-generate": generate.main, "moe-checkpoint": checkpoint.main}
@@ -114,6 +117,12 @@ CONFIG = [
     Mistake("steps=${oc.env:HOME}", "only ${KEY}, another key of the config, is read"),
     Mistake("steps=${oc.${a}:HOME}", "only ${KEY}, another key of the config, is read"),
     Mistake("steps=0", "steps=0 must be at least 1"),
+    Mistake(f"steps={'9' * 5000}", "the value of steps cannot be read"),
+    Mistake(f"steps={'[' * 5000}", "the value of steps cannot be read"),
+    Mistake(f"run_dir={'x' * 300}", "xxx/mixtral_sp_ep: File name too long"),
+    Mistake(f"data.path={'x' * 300}", "xxx: File name too long"),
+    Mistake("run_name=\x1b[2J", r"run_name='\x1b[2J' must be a folder name"),
+    Mistake("run_dir=\x1b[2J/text.txt/x data.path=\x1b[2J", r"data.path=\x1b[2J: there is no such file"),
     Mistake("seed=-1", "seed=-1 must be at least 0"),
     Mistake("optim.lr=0", "optim.lr=0.0 must be above 0"),
     Mistake("optim.lr=nan", "optim.lr=nan must be above 0"),
@@ -157,6 +166,11 @@ MESH = [
     Mistake("parallel.mesh=auto", "no mesh of 3 ranks is legal", env=(("RANK", "0"), ("WORLD_SIZE", "3"))),
     Mistake("", "= 4 ranks, but WORLD_SIZE or nproc says 2", env=(("RANK", "0"), ("WORLD_SIZE", "2"))),
     Mistake("", "WORLD_SIZE=many must be a number", env=(("RANK", "0"), ("WORLD_SIZE", "many"))),
+    Mistake("parallel.mesh=auto nproc=1000000000", "parallel: 1000000000 ranks are more than one machine starts"),
+    Mistake(
+        "device=cpu parallel.dp_replicate=4096 parallel.fsdp=1 parallel.tp=1 data.global_batch_size=4096",
+        "4096 ranks are more than one",
+    ),
     Mistake("device=cuda parallel.fsdp=64 parallel.tp=1 data.global_batch_size=64", "64 ranks need a GPU each"),
 ]
 MESH = [Mistake([*SENTENCE, *str(m.argv).split()], m.says, m.arrange, m.env) for m in MESH]
@@ -170,6 +184,14 @@ def tokenizer_without_bytes(place: Path) -> None:
     content = json.loads((place / "tokenizer.json").read_text())
     del content["model"]
     (place / "tokenizer.json").write_text(json.dumps(content))
+
+
+def one_word(place: Path) -> None:
+    Tokenizer(models.WordLevel({"a": 0}, unk_token="b")).save(str(place / "tokenizer.json"))
+
+
+def one_word_in_the_hub(place: Path) -> None:
+    one_word(place / "hub")
 
 
 DATA = [
@@ -186,6 +208,7 @@ DATA = [
     Mistake(small("data.tokenizer=none.json"), "data.tokenizer=none.json: there is no such file"),
     Mistake(small("data.tokenizer=text.txt"), "data.tokenizer=text.txt: not a readable tokenizer.json"),
     Mistake(small("data.tokenizer=tokenizer.json"), "not a readable tokenizer.json", tokenizer_without_bytes),
+    Mistake(small("data.tokenizer=tokenizer.json"), "the tokenizer cannot take a text (WordLevel", one_word),
 ]
 
 
@@ -215,6 +238,13 @@ def truncated(place: Path) -> None:
     os.truncate(weights(place), weights(place).stat().st_size - 10)
 
 
+def not_a_number(place: Path) -> None:
+    header, payload = header_of(place)
+    raw, start = bytearray(weights(place).read_bytes()), header[NORM]["data_offsets"][0]
+    struct.pack_into("<f", raw, len(raw) - len(payload) + start, float("nan"))
+    weights(place).write_bytes(raw)
+
+
 def absurd_length(place: Path) -> None:
     weights(place).write_bytes(struct.pack("<Q", 2**62) + weights(place).read_bytes()[8:])
 
@@ -235,12 +265,22 @@ def no_config(place: Path) -> None:
     (place / "hub" / "config.json").unlink()
 
 
+def hub_config(**values: object) -> Callable[[Path], None]:
+    def arrange(place: Path) -> None:
+        path = place / "hub" / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+    return arrange
+
+
 NORM = "model.norm.weight"
 FROM_HUB = ["device=cpu", "nproc=1", "steps=1", "model.init_from=hub", "data.global_batch_size=1", TEXT]
 WEIGHTS = [
     Mistake([*FROM_HUB, "model.init_from=gone"], "model.init_from=gone: there is no such folder"),
     Mistake(FROM_HUB, "config.json", no_config),
     Mistake(FROM_HUB, "config.json", write("hub/config.json", b"{")),
+    Mistake(FROM_HUB, "config.json: rms_norm_eps=1000", hub_config(rms_norm_eps=10**400)),
+    Mistake(FROM_HUB, "model.num_layers=4611686018427387904 must be at most", hub_config(num_hidden_layers=2**62)),
     Mistake(FROM_HUB, f"missing: {NORM}", rewrite(lambda header: header.update(x=header.pop(NORM)))),
     Mistake(FROM_HUB, "unexpected: x", rewrite(lambda header: header.update(x=header.pop(NORM)))),
     Mistake(FROM_HUB, f"{NORM}: shape [4, 4] in the file", rewrite(lambda header: header[NORM].update(shape=[4, 4]))),
@@ -248,6 +288,7 @@ WEIGHTS = [
     Mistake(FROM_HUB, "truncated or damaged", rewrite(lambda h: h[NORM].update(data_offsets=[0, 2**40]))),
     Mistake(FROM_HUB, "truncated or damaged", rewrite(lambda h: h[NORM].update(shape=[2**40]))),
     Mistake(FROM_HUB, "truncated or damaged", absurd_length),
+    Mistake(FROM_HUB, f"hub: {NORM} holds NaN or infinity", not_a_number),
     Mistake(FROM_HUB, "model-9.safetensors is missing", index({NORM: "model-9.safetensors"})),
     Mistake(FROM_HUB, "not in the file that it names", index({"x": "model-1.safetensors"})),
     Mistake(FROM_HUB, "names a file outside its folder", index({NORM: "../hub/model-1.safetensors"})),
@@ -283,6 +324,11 @@ def seal(place: Path) -> None:
     (step(place) / "COMMIT.json").write_text(json.dumps(commit))
 
 
+def odd_config(place: Path) -> None:
+    (step(place) / "config.yaml").write_text("steps: !!bool maybe")
+    seal(place)
+
+
 class Evil:
     def __reduce__(self) -> tuple[object, ...]:
         return os.mkdir, ("owned",)
@@ -306,6 +352,19 @@ def linked_outside(place: Path) -> None:
     shard(place).symlink_to(place / "elsewhere")
 
 
+def with_a_later_step(place: Path) -> None:
+    later = step(place).with_name("step-00000002")
+    shutil.copytree(step(place), later)
+    text = (later / "COMMIT.json").read_text()
+    (later / "COMMIT.json").write_text(text.replace('"step": 1', '"step": 2'))
+
+
+def tensors_linked(place: Path) -> None:
+    (step(place) / "tensors").rename(place / "elsewhere")
+    (step(place) / "tensors").symlink_to(place / "elsewhere")
+
+
+ONE = "run/checkpoints/step-00000001"
 RESUMED = [*SMALL, TEXT, "run_name=next", "checkpoint.resume=run", "steps=2"]
 NAMED = [*RESUMED, "checkpoint.resume=run/checkpoints/step-00000001"]
 CHECKPOINT = [
@@ -329,6 +388,13 @@ CHECKPOINT = [
     Mistake(NAMED, "COMMIT.json has format 9; this version reads 1", commit_changed(format=9)),
     Mistake(NAMED, "state.json has format 9", newer("state.json", format=9)),
     Mistake(NAMED, "state.json cannot be read", newer("state.json", step="one")),
+    Mistake(NAMED, "state.json cannot be read", newer("state.json", samples=10**30)),
+    Mistake(NAMED, "state.json cannot be read", newer("state.json", schedule_steps=0)),
+    Mistake(NAMED, "state.json cannot be read", newer("state.json", skipped_steps=9)),
+    Mistake(NAMED, "state.json cannot be read", newer("state.json", grad_norms=[1.0] * 9)),
+    Mistake(NAMED, "state.json cannot be read", newer("state.json", grad_norms=[float("nan")] * 5)),
+    Mistake(NAMED, "config.yaml cannot be read", odd_config),
+    Mistake([*NAMED, "run_dir=.", "run_name=run"], "run/checkpoints holds later steps (step-0000", with_a_later_step),
     Mistake(NAMED, "unknown warp_drive; it was saved by a newer version", newer("model.json", warp_drive=1)),
     Mistake(NAMED, "mkdir is not allowed here", evil_metadata),
     Mistake(NAMED, "is a link that leads outside the folder", linked_outside),
@@ -351,21 +417,26 @@ TOOLS = [
     cli("moe-checkpoint", [], "the first argument is one of"),
     cli("moe-checkpoint", ["inspect"], "checkpoint=DIR must be given"),
     cli("moe-checkpoint", ["inspect", "checkpoint=hub"], "hub is neither a checkpoint nor a run"),
+    cli("moe-checkpoint", ["inspect", f"checkpoint={ONE}"], "a link that leads outside the folder", tensors_linked),
     cli("moe-checkpoint", ["verify", "checkpoint=run"], "no undamaged checkpoint", lambda place: flip(shard(place))),
     cli("moe-checkpoint", ["verify", "checkpoint=run/checkpoints/step-00000001"], "extra x", lambda place: (
         (step(place) / "x").touch())),
     cli("moe-checkpoint", ["export", "checkpoint=run", "out=hub"], "out=hub exists already; name a folder that"),
     cli("moe-checkpoint", ["export", "checkpoint=run", "out=new", "max_shard_size=big"], "must be a size such as"),
+    cli("moe-checkpoint", ["export", "checkpoint=run", "out=new", f"max_shard_size={'9' * 400}"], "must be a size"),
+    cli("moe-checkpoint", ["export", "checkpoint=run", f"out={'x' * 300}"], "File name too long"),
     cli("moe-checkpoint", ["export", "checkpoint=run", "out=new"], "mkdir is not allowed here", evil_metadata),
     cli("moe-generate", ["prompt=x"], "checkpoint=DIR must be given"),
     cli("moe-generate", ["checkpoint=hub"], 'prompt="TEXT" must be given'),
     cli("moe-generate", [*ASK, "checkpoint=."], "."),
+    cli("moe-generate", [*ASK[:1], "prompt=\udce9"], "prompt: character 0 is not valid Unicode"),
     cli("moe-generate", [*ASK, "top_p=2"], "top_p=2.0 must be above 0 and at most 1"),
     cli("moe-generate", [*ASK, "temperature=-1"], "temperature=-1.0 must be at least 0"),
     cli("moe-generate", [*ASK, "prompts=gone.txt"], "prompt and prompts are both given"),
     cli("moe-generate", [*ASK[:1], "prompts=gone.txt"], "prompts=gone.txt: there is no such file"),
     cli("moe-generate", [*ASK, "quantization=int4"], "quantization: Invalid value 'int4', expected one of [none"),
     cli("moe-generate", ASK, "truncated or damaged", truncated),
+    cli("moe-generate", ASK, "the tokenizer cannot take a text (WordLevel", one_word_in_the_hub),
     cli("moe-generate", ASK, "tokenizer.json", lambda place: (place / "hub" / "tokenizer.json").unlink()),
     cli("moe-generate", [*ASK, "checkpoint=run"], "no undamaged checkpoint", lambda place: flip(shard(place))),
 ]  # fmt: skip
@@ -408,6 +479,26 @@ def test_folder_that_cannot_be_written(
     real = os.access  # root may write anywhere, so the answer is given here
     monkeypatch.setattr(os, "access", lambda path, mode: mode & os.W_OK == 0 and real(path, mode))
     check(Mistake(small(), "cannot be written to; name another run_dir"), place, capsys, monkeypatch)
+    check(cli("moe-generate", [*ASK, "output=a.jsonl"], "output=a.jsonl: . cannot be"), place, capsys, monkeypatch)
+
+
+def test_a_run_that_goes_on_elsewhere(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs in one folder would delete each other's half-written checkpoints."""
+    with lock(place / "run" / "metrics.jsonl"):
+        monkeypatch.setattr("moe_trainer.train.report.lock", partial(lock, seconds=0.2))
+        again = [*SMALL, TEXT, "run_dir=.", "run_name=run", "checkpoint.resume=auto", "steps=2"]
+        check(Mistake(again, "is being written by a run that has not ended; wait"), place, capsys, monkeypatch)
+    assert train.main(again) == 0
+
+
+def test_files_of_a_run_that_cannot_be_written(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("config.yaml", "metrics.jsonl", "environment.jsonl"):
+        (place / "runs" / name / name).mkdir(parents=True)
+        assert train.main(small(f"run_name={name}")) == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.startswith(f"moe-train: runs/{name} cannot be written to: ")
 
 
 def test_full_disk(place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

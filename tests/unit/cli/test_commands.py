@@ -154,6 +154,10 @@ def test_shape_comes_from_the_folder_to_start_from(monkeypatch: pytest.MonkeyPat
     with pytest.raises(SystemExit):
         train.main(["+recipe=mixtral_tp", "model.init_from=hub"])
     assert (seen[0].model.num_heads, seen[0].model.num_kv_heads, seen[0].model.init_from) == (6, 2, "hub")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(SystemExit):  # a shell leaves the tilde behind a dotted key to us
+        train.main(["+recipe=mixtral_tp", "model.init_from=~/hub"])
+    assert seen[1].model.init_from == str(tmp_path / "hub")
 
 
 def test_mistake_costs_no_import_of_torch(tmp_path: Path) -> None:

@@ -92,7 +92,12 @@ def test_a_mistake_of_one_rank_in_a_collective_is_one_line_and_ends_all(tmp_path
 
 @pytest.mark.parametrize(
     ("mode", "sent", "code"),
-    [("sleep", signal.SIGINT, 130), ("sleep", signal.SIGTERM, 143), ("stubborn", signal.SIGINT, 130)],
+    [
+        ("sleep", signal.SIGINT, 130),
+        ("sleep", signal.SIGTERM, 143),
+        ("stubborn", signal.SIGINT, 130),
+        ("sleep", signal.SIGHUP, 129),
+    ],
 )
 def test_signal_ends_every_rank_in_ten_seconds(tmp_path: Path, mode: str, sent: signal.Signals, code: int) -> None:
     command = start(tmp_path, mode)

@@ -164,10 +164,22 @@ def test_mistake_is_one_line_that_names_the_key(overrides: list[str], message: s
         ("# x\nsteps: many\n", "steps: Value 'many' of type 'str' could not be converted to Integer"),
         ("# x\nparallel:\n  plan:\n    _target_: os.system\n", "broken.yaml: parallel.plan._target_ is not allowed"),
         ("# x\ndefaults:\n  - override /model: nope\n  - _self_\n", "model/nope"),
+        ("# x\ndefaults:\n  - /recipe/broken\n", "+recipe=broken: nested too deeply, or extends itself"),
+        ("# x\ndefaults: model\n", "recipe/broken', defaults must be a list"),
+        ("# x\noptim: 5\n", "recipe/broken: Merge error: int is not a subclass of OptimConfig"),
+        ("# x\n5: 6\n", "recipe/broken: 5: Key '5' not in 'Config'"),
+        ("# x\nhydra:\n  run: {dir: /tmp}\n", "broken.yaml: hydra.run.dir is not allowed"),
+        ("# caf\udce9\n", "broken.yaml: 'utf-8' codec can't decode byte 0xe9"),
+        (f"# x\nsteps: {'9' * 5000}\n", "broken.yaml: Exceeds the limit"),
+        (f"# x\nsteps: {'[' * 5000}\n", "broken.yaml: maximum recursion depth exceeded"),
+        ("# x\nseed: &a [x, x]\nsteps: [*a, *a]\n", "broken.yaml: an alias (*) is not allowed"),
+        (f"# {'x' * 2**20}\n", "broken.yaml has 1,048,579 characters"),
     ],
+    ids=lambda text: text[-40:],
 )
 def test_mistake_in_a_recipe(tmp_path, monkeypatch: pytest.MonkeyPatch, text: str, message: str) -> None:
-    (tmp_path / "broken.yaml").write_text(text)
+    (tmp_path / "broken.yaml").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (tmp_path / "folder.yaml").mkdir()
     monkeypatch.setattr(store, "recipe_dir", lambda: tmp_path)
     with pytest.raises(ConfigError) as caught:
         compose("train", ["+recipe=broken"])

@@ -10,7 +10,7 @@ import pytest
 from moe_trainer.config.choices import DeviceName, DType, Family
 from moe_trainer.config.commands import ExportConfig, GenerateConfig, GenerateParallelConfig, InspectConfig
 from moe_trainer.config.errors import ConfigError
-from moe_trainer.config.schema import Config, ParallelConfig
+from moe_trainer.config.schema import Config, GroupConfig, ParallelConfig
 from moe_trainer.config.validate import (
     parse_size,
     resolve_device,
@@ -104,9 +104,18 @@ def test_illegal_mesh_is_refused_with_its_numbers(
         ({"run_name": "."}, "run_name='.' must be a folder name"),
         ({"run_name": "a\n"}, "must be a folder name"),
         ({"run_name": ""}, "run_name='' must be a folder name"),
-        ({"run_dir": ""}, "run_dir must not be empty"),
+        ({"run_dir": ""}, "run_dir='' must be the path of a folder"),
+        ({"run_dir": "a\0b"}, "must be the path of a folder"),
         ({"dtype": DType.float64, "reduce_dtype": DType.float32}, "reduce_dtype=float32 must not be narrower"),
         ({"optim__lr": 0.0}, "optim.lr=0.0 must be above 0"),
+        ({"model__vocab_size": 2**62}, "model.vocab_size=4611686018427387904 must be at most 4194304"),
+        ({"model__num_layers": 10**6}, "model.num_layers=1000000 must be at most 4096"),
+        ({"model__capacity_factor": 1e30}, "model.capacity_factor=1e+30 must be at most 1048576"),
+        ({"launch__timeout_seconds": 1e308}, "launch.timeout_seconds=1e+308 must be at most"),
+        ({"optim__expert_bias_rate": float("nan")}, "optim.expert_bias_rate=nan must be at least 0"),
+        ({"optim__groups": [GroupConfig("a", -1.0)]}, "optim.groups: lr_scale=-1.0 must be at least 0"),
+        ({"optim__groups": [GroupConfig("a", 1.0, float("inf"))]}, "optim.groups: weight_decay=inf must be at least"),
+        ({"data__global_batch_size": 2**62}, "data.global_batch_size=4611686018427387904 must be at most"),
         ({"optim__lr": float("nan")}, "optim.lr=nan must be above 0"),
         ({"optim__lr": float("inf")}, "optim.lr=inf must be above 0"),
         ({"optim__beta1": 1.0}, "optim.beta1=1.0 must be at least 0 and below 1"),

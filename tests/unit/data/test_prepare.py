@@ -205,6 +205,21 @@ def test_a_file_with_two_names_counts_once(tmp_path: Path, monkeypatch: pytest.M
     assert [source["path"] for source in index.settings["sources"]] == ["b.txt"]
 
 
+@pytest.mark.parametrize("text", ["", "[" * 10**5, "{}", '{"stop": 1, "train": [{}], "validation": []}'])
+def test_what_a_killed_run_left_may_be_damaged(tmp_path: Path, texts: list[str], text: str) -> None:
+    def kill(what: str, count: int, done: int, total: int) -> None:
+        if count == 60:
+            raise Killed
+
+    with pytest.raises(Killed):
+        prepare(config(tmp_path, shard_tokens=100), tmp_path / "out", kill)
+    (tmp_path / ".out.partial" / "shard-00000.json").write_text(text)
+    with pytest.raises(ConfigError, match="shard-00000.json cannot be read"):
+        prepare(config(tmp_path, shard_tokens=100), tmp_path / "out")
+    prepare(config(tmp_path, shard_tokens=100), tmp_path / "out")
+    verify(tmp_path / "out")
+
+
 def test_what_another_request_left_is_thrown_away(tmp_path: Path, texts: list[str]) -> None:
     def kill(what: str, count: int, done: int, total: int) -> None:
         if count == 60:

@@ -45,6 +45,8 @@ def test_jsonl_holds_any_text(tmp_path: Path) -> None:
         ("p.jsonl", '{"prompt": "x"}\nwords\n', "p.jsonl, line 2: Expecting value"),
         ("p.jsonl", '{"prompt": "x"}\n{"text": "x"}', 'p.jsonl, line 2: not an object with a text under "prompt"'),
         ("p.jsonl", '["prompt"]', 'p.jsonl, line 1: not an object with a text under "prompt"'),
+        ("p.jsonl", "[" * 10**5, "p.jsonl, line 1: maximum recursion depth exceeded"),
+        ("p.jsonl", r'{"prompt": "\ud800"}', "p.jsonl, line 1: character 0 is not valid Unicode"),
         ("p.jsonl", '{"prompt": 3}', 'p.jsonl, line 1: not an object with a text under "prompt"'),
     ],
 )
@@ -59,6 +61,11 @@ def test_a_wrong_line_is_named(
     assert generate.main([f"checkpoint={tmp_path}", f"prompts={cfg.prompts}"]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_a_byte_of_the_command_line_that_is_no_text() -> None:
+    with pytest.raises(ConfigError, match="prompt: character 1 is not valid Unicode"):
+        read_prompts(GenerateConfig(prompt="a\udce9"))  # as Python has it
 
 
 def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:

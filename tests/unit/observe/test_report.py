@@ -97,6 +97,7 @@ def test_values_that_were_not_finite_leave_a_gap_and_valid_json(tmp_path):
         ("config.yaml", "[1, 2]", "config.yaml cannot be read"),
         ("config.yaml", "a: [", "config.yaml cannot be read"),
         ("environment.jsonl", "?\n", "environment.jsonl cannot be read"),
+        ("environment.jsonl", '{"a":' * 900 + "1" + "}" * 900 + "\n", "cannot be read: maximum recursion depth"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(tmp_path, file, content, told):
