@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from moe_trainer.cli.whereabouts import NCCL_DUMP, describe_ranks
 from moe_trainer.config.checks import fits_one_machine
+from moe_trainer.train.signals import end_signals
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -133,10 +134,7 @@ def _wait(agent: subprocess.Popen[bytes], stop: Path, lets_finish: bool) -> tupl
         agent.terminate()
         kill_late.start()
 
-    signals = [signal.SIGINT, signal.SIGTERM]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
-        signals.append(signal.SIGHUP)
-    before = {signum: signal.signal(signum, end_ranks) for signum in signals}
+    before = {signum: signal.signal(signum, end_ranks) for signum in end_signals()}
     try:
         return agent.wait(), received
     finally:

@@ -5,7 +5,6 @@ the others wait for comes last to the collectives, and waits least.
 """
 
 import threading
-import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
@@ -15,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from moe_trainer.parallel import collectives
+from moe_trainer.parallel.clock import Mark
 
 _FUNCTIONS = (
     (dist, "all_reduce"),
@@ -40,7 +40,7 @@ class CollectiveWaits:
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._thread = threading.get_ident()  # others, which save a checkpoint, may be in collectives too
-        self._spans: list[tuple[Any, Any]] = []
+        self._spans: list[tuple[Mark, Mark]] = []
         self._replaced = ExitStack()
 
     def __enter__(self) -> "CollectiveWaits":
@@ -49,30 +49,28 @@ class CollectiveWaits:
             if real is not None:
                 setattr(module, name, self._timed(real))
                 self._replaced.callback(setattr, module, name, real)
-        self._begin = self._now()
+        self._begin = Mark(self._device)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._replaced.close()
-        self._end = self._now()
+        self._end = Mark(self._device)
 
     def seconds(self) -> tuple[float, float]:
         """Of the block, and of its collectives; those on streams of their own may pass beside computation. On a GPU
         the host waits until the block's end has passed."""
-        if self._device.type == "cuda":
-            self._end.synchronize()
-        return _between(self._begin, self._end), sum(_between(*span) for span in self._spans)
+        return self._end.seconds_since(self._begin), sum(end.seconds_since(begin) for begin, end in self._spans)
 
     def _timed(self, real: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             if not self._counts((*args, *kwargs.values())):
                 return real(*args, **kwargs)
-            begin = self._now()
+            begin = Mark(self._device)
             work = real(*args, **kwargs)
             if work is None:
-                self._spans.append((begin, self._now()))
+                self._spans.append((begin, Mark(self._device)))
             return work
 
         return call
@@ -80,14 +78,3 @@ class CollectiveWaits:
     def _counts(self, values: tuple[Any, ...]) -> bool:
         kind = next((value.device.type for value in values if isinstance(value, torch.Tensor)), None)
         return kind == self._device.type and (kind == "cuda" or threading.get_ident() == self._thread)
-
-    def _now(self) -> Any:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-
-def _between(begin: Any, end: Any) -> float:
-    return end - begin if isinstance(begin, float) else begin.elapsed_time(end) / 1000

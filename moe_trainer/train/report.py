@@ -1,7 +1,6 @@
 """What rank 0 tells of a run: each step's metrics, read from the device without holding it up."""
 
 import math
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -18,6 +17,7 @@ from moe_trainer.observe.environment import FLOP_CONVENTION, append_environment,
 from moe_trainer.observe.log import get_logger
 from moe_trainer.observe.metrics import MetricsLog, expert_load, is_load_due, memory_gib, throughput
 from moe_trainer.observe.report import REPORT, write_report
+from moe_trainer.parallel.clock import Mark
 from moe_trainer.parallel.precision import resolve_precision
 from moe_trainer.train.loss import Losses
 
@@ -68,14 +68,14 @@ class RunReport:
         self._coefs = {"aux_loss": cfg.optim.aux_coef, "z_loss": cfg.optim.z_coef}
         self._skipped_steps = skipped_steps
         self._pending: _Taken | None = None
-        self._last = _Mark(self._device)
+        self._last = Mark(self._device)
 
     def take(self, step: int, tokens: int, metrics: StepMetrics) -> None:
         """Start copying this step's metrics, and write the step before."""
         more = [value.double().view(1) for value in metrics.more.values()]
         values = torch.cat((metrics.losses.flatten(), metrics.grad_norm.double().view(1), *more))
         values = values.to("cpu", non_blocking=True)
-        taken = _Taken(step, tokens, metrics, values, self._last, _Mark(self._device))
+        taken = _Taken(step, tokens, metrics, values, self._last, Mark(self._device))
         self._last = taken.end
         self.flush()
         self._pending = taken
@@ -98,7 +98,7 @@ class RunReport:
 
     def skip_time(self) -> None:
         """What happened since the last step, such as a checkpoint, is not the next step's time."""
-        self._last = _Mark(self._device)
+        self._last = Mark(self._device)
 
     def close(self) -> None:
         """Write what is pending, finish the log, and draw it as `report.html`."""
@@ -141,23 +141,6 @@ class RunReport:
             _logger.warning("%s was not written: %s", self._run_folder / REPORT, error)
 
 
-class _Mark:
-    """A moment in the device's work."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._event = torch.cuda.Event(enable_timing=True) if device.type == "cuda" else None
-        if self._event is not None:
-            self._event.record()
-        self._at = time.perf_counter()
-
-    def seconds_since(self, earlier: "_Mark") -> float:
-        """Seconds between two marks; on CUDA it waits for this one to pass."""
-        if self._event is None:
-            return self._at - earlier._at
-        self._event.synchronize()
-        return earlier._event.elapsed_time(self._event) / 1000
-
-
 class _Taken(NamedTuple):
     """Metrics on their way to the log."""
 
@@ -165,5 +148,5 @@ class _Taken(NamedTuple):
     tokens: int
     metrics: StepMetrics
     values: torch.Tensor
-    start: _Mark
-    end: _Mark
+    start: Mark
+    end: Mark

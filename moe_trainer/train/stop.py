@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from moe_trainer.observe.log import get_logger
+from moe_trainer.train.signals import end_signals
 
 _logger = get_logger(__name__)
 
@@ -36,10 +37,7 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         if self._file is None and threading.current_thread() is threading.main_thread():
-            numbers = [signal.SIGINT, signal.SIGTERM]
-            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup's wish
-                numbers.append(signal.SIGHUP)
-            self._before = {number: signal.signal(number, self._receive) for number in numbers}
+            self._before = {number: signal.signal(number, self._receive) for number in end_signals()}
         return self
 
     def __exit__(

@@ -19,7 +19,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,6 +34,7 @@ from moe_trainer.config.validate import validate
 from moe_trainer.data.loader import Batch
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.observe.flops import flops_per_token, peak_flops
+from moe_trainer.parallel.clock import Mark
 from moe_trainer.parallel.precision import resolve_precision
 from moe_trainer.parallel.process_group import process_group
 from moe_trainer.parallel.shards import local_part
@@ -162,7 +162,7 @@ def main() -> None:
             row = _row(cfg, side, seconds[steps // 3 - 1 :], device)
             row |= {"peak GiB": round(peak, 1), "start to first step, s": round(first_step, 1)}
             if dist.get_rank() == 0:
-                record("train", {"what": " ".join(overrides), **row})
+                record("train", {"what": " ".join(overrides), **row}, heading=side is sides[0])
             if "--profile" in sys.argv:
                 _profile(side.step, device)
 
@@ -202,25 +202,13 @@ def config_of(overrides: list[str]) -> Config:
 def step_times(turns: Sequence[Callable[[], None]], rounds: int, device: torch.device) -> list[list[float]]:
     """Seconds of each step in turn, [turns][rounds]: from the end of the step before to its own, on the device, which
     is not waited for in between: the host queues the next step while one runs, as in training."""
-    marks = [_mark(device)]
+    marks = [Mark(device)]
     for _ in range(rounds):
         for step in turns:
             step()
-            marks.append(_mark(device))
-    _synchronize(device)
-    if device.type == "cuda":
-        seconds = [start.elapsed_time(end) / 1000 for start, end in pairwise(marks)]
-    else:
-        seconds = [end - start for start, end in pairwise(marks)]
+            marks.append(Mark(device))
+    seconds = [end.seconds_since(start) for start, end in pairwise(marks)]
     return [seconds[turn :: len(turns)] for turn in range(len(turns))]
-
-
-def _mark(device: torch.device) -> Any:
-    if device.type != "cuda":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
 
 
 def _profile(step: Callable[[], None], device: torch.device) -> None:
