@@ -114,49 +114,30 @@ def save_blocks(folder: Path, blocks: Mapping[str, Block], group: dist.ProcessGr
         )
 
 
-def load_tensors(
-    folder: Path,
-    tensors: Mapping[str, torch.Tensor],
-    strict: bool = True,
-    alone: bool = False,
-    casts: bool = False,
-) -> None:
-    """Fill the tensors in place, whatever mesh they lie on and whatever mesh the folder was saved from.
-
-    Collective, unless `alone`.
+def load_tensors(folder: Path, tensors: Mapping[str, torch.Tensor], strict: bool = True, casts: bool = False) -> None:
+    """Fill the tensors in place, whatever mesh they lie on and whatever mesh the folder was saved from. Collective.
 
     Args:
         tensors: DTensors or plain tensors; their placements say which part this rank reads.
         strict: also refuse names that the folder holds and `tensors` does not.
-        alone: this process loads by itself, even while a process group lives. For plain tensors.
         casts: also take float32 for bfloat16, rounded to nearest, and bfloat16 for float32; it is logged.
 
     Raises:
         ConfigError: names every missing, unexpected, wrongly shaped or wrongly typed tensor; nothing is read then.
         RuntimeError: a file that is missing or damaged.
     """
-    if alone:
-        _load(folder, tensors, strict, casts, no_dist=True)
-        return
     with agreed(f"loading {folder}"):
         metadata = read_metadata(folder)
         _compare(metadata, tensors, strict, casts)
-    with agreed(f"loading {folder}"):
-        _load(folder, tensors, strict, casts, no_dist=not is_distributed())
-    if changed := _describe_casts(metadata, tensors):
-        _logger.info("%s: %s", folder, changed)
-
-
-def _load(folder: Path, tensors: Mapping[str, torch.Tensor], strict: bool, casts: bool, no_dist: bool) -> None:
-    metadata = read_metadata(folder)
-    _compare(metadata, tensors, strict, casts)
-    with _quiet():
+    with agreed(f"loading {folder}"), _quiet():
         dcp.load(
             {name: tensor.detach() for name, tensor in tensors.items()},
             storage_reader=_CheckedReader(folder, metadata),
             planner=DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False),
-            no_dist=no_dist,
+            no_dist=not is_distributed(),
         )
+    if changed := _describe_casts(metadata, tensors):
+        _logger.info("%s: %s", folder, changed)
 
 
 @contextmanager
