@@ -56,30 +56,38 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_rows, grad_weight, None, None
 
 
-def add_bias(rows: torch.Tensor, bias: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def expert_of_rows(num_rows: int, offsets: torch.Tensor) -> torch.Tensor:
+    """[rows] int64, the expert of each sorted row; any for a row of none."""
+    numbers = torch.arange(num_rows, device=offsets.device)
+    return torch.bucketize(numbers, offsets, right=True).clamp_(max=len(offsets) - 1)
+
+
+def add_bias(rows: torch.Tensor, bias: torch.Tensor, experts: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """`rows + bias[e]` for the rows of each expert e; rows, offsets and gradients as in `grouped_linear`.
 
     Args:
         rows: [rows, out].
+        experts: see `expert_of_rows`.
         bias: [num_experts, out]. Its gradient is a product with ones: deterministic, and not one row after the other
             as indexing's is.
     """
-    return _AddBias.apply(rows, bias, offsets)
+    return _AddBias.apply(rows, bias, experts, offsets)
 
 
 class _AddBias(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, bias: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def forward(
+        ctx: Any, rows: torch.Tensor, bias: torch.Tensor, experts: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
         ctx.save_for_backward(offsets)
-        experts = torch.bucketize(torch.arange(len(rows), device=rows.device), offsets, right=True)
-        return rows + bias.index_select(0, experts.clamp_(max=len(bias) - 1))
+        return rows + bias.index_select(0, experts)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         if not ctx.needs_input_grad[1]:
-            return grad, None, None
+            return grad, None, None, None
         ones = grad.new_ones(len(grad), 16 // grad.itemsize)  # as wide as the grouped product wants it at least
-        return grad, outer(grad.contiguous(), ones, ctx.saved_tensors[0])[..., 0], None
+        return grad, outer(grad.contiguous(), ones, ctx.saved_tensors[0])[..., 0], None, None
 
 
 def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_trainer.kernels.experts import Exchange, exchanged, swiglu_experts
-from moe_trainer.kernels.grouped_gemm import Multiply, add_bias, grouped_linear, multiply
+from moe_trainer.kernels.grouped_gemm import Multiply, add_bias, expert_of_rows, grouped_linear, multiply
 from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
 from moe_trainer.models.capacity import within_capacity
 from moe_trainer.models.router import Router, Routing
@@ -124,12 +124,13 @@ class ClampedExperts(Experts):
     ) -> torch.Tensor:
         """As `compute_routes`, of the tokens that the routes are about."""
         rows = permute(x, routes)
+        experts = expert_of_rows(len(rows), routes.offsets)
         gate_up = self.adapted_product(rows, "gate_up_proj", weights, routes.offsets)
-        gate, up = add_bias(gate_up, weights["gate_up_bias"].flatten(1), routes.offsets).chunk(2, dim=-1)
+        gate, up = add_bias(gate_up, weights["gate_up_bias"].flatten(1), experts, routes.offsets).chunk(2, dim=-1)
         gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
         activated = (up + 1) * gate * torch.sigmoid(gate * self.alpha)
         out = self.adapted_product(activated, "down_proj", weights, routes.offsets)
-        out = add_bias(out, weights["down_bias"], routes.offsets)
+        out = add_bias(out, weights["down_bias"], experts, routes.offsets)
         of_rows = permute(top_k_weights.view(-1, 1), routes._replace(top_k=1))  # [rows, 1]
         return combine((out * of_rows).to(x.dtype), routes)
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from moe_trainer.kernels.grouped_gemm import add_bias, grouped_gemm_supported, grouped_linear
+from moe_trainer.kernels.grouped_gemm import add_bias, expert_of_rows, grouped_gemm_supported, grouped_linear
 
 COUNTS = {
     "usual": [3, 1, 2],
@@ -51,7 +51,8 @@ def test_bias_of_each_expert(dtype: torch.dtype, name: str) -> None:
     grad = torch.randn(total, 8, generator=generator).to(dtype)
     grad[used:] = float("nan")  # undefined: nothing may come of it
 
-    out = add_bias(rows, bias, torch.tensor(counts).cumsum(0).int())
+    offsets = torch.tensor(counts).cumsum(0).int()
+    out = add_bias(rows, bias, expert_of_rows(total, offsets), offsets)
     out.backward(grad)
     expected = rows[:used] + bias.repeat_interleave(torch.tensor(counts), 0)
     assert out[:used].equal(expected) and rows.grad[:used].equal(grad[:used])
