@@ -39,13 +39,12 @@ class _ComputeCopy(torch.autograd.Function):
 
 
 def _deliver(grad: torch.Tensor, master: nn.Parameter) -> None:
-    if master.grad is None:
-        # Only our own kernels take a gradient of another type than the weight's.
-        total = (grad if has_kernel(grad) else grad.to(master.dtype)).contiguous()  # fused AdamW reads it as such
-    else:
+    if master.grad is not None:
         widen_gradients([master])
         local_part(master.grad).add_(grad)
         return
+    # Only our own kernels take a gradient of another type than the weight's.
+    total = (grad if has_kernel(grad) else grad.to(master.dtype)).contiguous()  # fused AdamW reads it as such
     master.grad = DTensor.from_local(total, master.device_mesh, master.placements, run_check=False)
 
 

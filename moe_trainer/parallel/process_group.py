@@ -14,6 +14,9 @@ from moe_trainer.config.choices import DeviceName
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.parallel.rendezvous import is_shared_store, store_of_this_start
 
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+"""mallopt(3)."""
+
 
 @contextmanager
 def process_group(device: DeviceName, timeout_seconds: float = 1800.0) -> Iterator[torch.device]:
@@ -67,10 +70,6 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         for option, number in ((_M_MMAP_THRESHOLD, 32 << 20), (_M_TRIM_THRESHOLD, 256 << 20)):
             mallopt(option, number)
-
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-"""mallopt(3)."""
 
 
 def _init(backend: str, timeout_seconds: float) -> None:

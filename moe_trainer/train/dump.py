@@ -36,9 +36,9 @@ def dump_skipped_step(
 ) -> str:
     """Write `skipped-step-N/rankR.json` in `folder`; on every rank of the step that all of them skipped.
 
-    First what is at hand. Then the step is taken once more, from the same weights, samples and random numbers, for
-    where numbers cease to be finite: the gradients are gone, and those of weights are sums over ranks. That repeats
-    the step's collectives; if they hang, the file holds the rest.
+    First what is at hand. Then the step is taken once more, from the same weights and samples, for where numbers
+    cease to be finite: the gradients are gone, and those of weights are sums over ranks. That repeats the step's
+    collectives; if they hang, the file holds the rest.
 
     Args:
         state: before the step.

@@ -1,4 +1,4 @@
-"""A step taken twice: the same weights, samples and random numbers must give the same bits.
+"""A step taken twice: the same weights and samples must give the same bits.
 
 If they do not, a machine computes wrongly now and then, which no error reports (Dixit et al., "Silent Data
 Corruptions at Scale", 2021; Hochschild et al., "Cores that don't count", 2021).
