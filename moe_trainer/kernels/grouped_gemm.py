@@ -6,6 +6,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from moe_trainer.kernels.backend import has_grouped_gemm
+
 Multiply = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows [rows, a], weight [num_experts, a, b], offsets) -> [rows, b], without autograd; such as `multiply`."""
 
@@ -17,6 +19,16 @@ def grouped_gemm_supported(dtype: torch.dtype, *widths: int) -> bool:
     after the other.
     """
     return dtype in (torch.bfloat16, torch.float32) and all(width * dtype.itemsize % 16 == 0 for width in widths)
+
+
+_FEW_ROWS, _NARROW = 4096, 128
+"""Below these a product is no work for a whole GPU, or a tile mostly empty."""
+
+
+def is_for_kernel(rows: torch.Tensor, *widths: int) -> bool:
+    """Whether our own kernel multiplies these rows: has_grouped_gemm, and enough of them."""
+    is_worth_it = len(rows) >= _FEW_ROWS and min(widths) >= _NARROW
+    return is_worth_it and has_grouped_gemm(rows) and rows.stride(1) == 1
 
 
 def grouped_linear(
@@ -93,6 +105,10 @@ class _AddBias(torch.autograd.Function):
 def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """[rows, a] x [num_experts, a, b] -> [rows, b], without autograd."""
     if grouped_gemm_supported(rows.dtype, *weight.shape[1:]) and len(rows):
+        if is_for_kernel(rows, *weight.shape[1:]) and 1 in weight.stride()[1:]:
+            from moe_trainer.kernels.gpu import grouped_gemm as gpu
+
+            return gpu.multiply(rows, weight, offsets)
         return F.grouped_mm(rows, weight, offs=offsets)
     out = rows.new_zeros(len(rows), weight.shape[2])
     if not len(rows):
@@ -105,6 +121,10 @@ def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) ->
 def outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """[rows, a] and [rows, b] -> [num_experts, a, b], summed over each expert's rows, without autograd."""
     if grouped_gemm_supported(left.dtype, left.shape[1], right.shape[1]) and len(left):
+        if is_for_kernel(left, left.shape[1], right.shape[1]) and right.stride(1) == 1:
+            from moe_trainer.kernels.gpu import grouped_gemm as gpu
+
+            return gpu.outer(left, right, offsets)
         return F.grouped_mm(left.transpose(0, 1), right, offs=offsets)
     out = left.new_zeros(len(offsets), left.shape[1], right.shape[1])
     if not len(left):

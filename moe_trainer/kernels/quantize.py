@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from moe_trainer.kernels.grouped_gemm import grouped_linear, multiply
+from moe_trainer.kernels.grouped_gemm import grouped_linear, is_for_kernel, multiply
 
 FP8 = torch.float8_e4m3fn
 
@@ -64,6 +64,10 @@ def scaled_grouped_product(
 ) -> torch.Tensor:
     """fp8 [rows, in] sorted by expert x [num_experts, out, in] -> [rows, out] in `dtype`."""
     if _has_scaled_products(rows, weight, dtype):
+        if is_for_kernel(rows.values, *weight.values.shape[1:]):
+            from moe_trainer.kernels.gpu import grouped_gemm as gpu
+
+            return gpu.multiply_scaled(*rows, *weight, offsets)
         scales = {"scale_a": rows.scale, "scale_b": weight.scale}
         values = rows.values, weight.values.mT
         return torch._scaled_grouped_mm(*values, **scales, offs=offsets, out_dtype=dtype, use_fast_accum=True)

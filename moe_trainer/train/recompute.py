@@ -25,10 +25,17 @@ _ATTENTION = frozenset(
         "aten::_flash_attention_forward",
     }
 )
-_GROUPED_PRODUCTS = frozenset({"aten::_grouped_mm", "aten::_scaled_grouped_mm"})
+_GROUPED_PRODUCTS = frozenset(
+    {
+        "aten::_grouped_mm",
+        "aten::_scaled_grouped_mm",
+        "moe_trainer::grouped_mm",
+        "moe_trainer::scaled_grouped_mm",
+    }
+)
 
 Keeps = Callable[[str, int], bool]
-"""(operator, how often it has run in this pass, this time included) -> whether its result is kept."""
+"""(operator, how often one of its kind has run in this pass, this time included) -> whether its result is kept."""
 
 
 def recompute_layers(model: nn.Module, recompute: Recompute) -> None:
@@ -81,8 +88,9 @@ class _Keep(TorchDispatchMode):
 
     def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = op.name()
-        self._ran[name] += 1
-        if self._keeps(name, self._ran[name]):
+        kind = "a grouped product" if name in _GROUPED_PRODUCTS else name  # whose kernel depends on its widths
+        self._ran[kind] += 1
+        if self._keeps(name, self._ran[kind]):
             return self.kept_result(op, args, kwargs or {})
         return op(*args, **(kwargs or {}))
 

@@ -4,17 +4,21 @@
 
 bfloat16; logits are random, with --skew=S each expert's are moved by S times a random number, as a router's may be
 early on. Sorting the routes is timed, the router is not. FLOPs: 18 * tokens * top_k * hidden * intermediate. `dense`
-are six plain products of the same FLOPs over as many rows: the bound without routing.
+are six plain products of the same FLOPs over as many rows: the bound without routing. Also with PyTorch's grouped
+products in place of ours.
 Each figure is the median of 20 calls, timed by CUDA events; the sides take turns.
 """
 
 import copy
 import statistics
+import sys
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 from record import option, record
 
+from moe_trainer.kernels import grouped_gemm
 from moe_trainer.kernels.fp8 import multiply_fp8
 from moe_trainer.models.moe import Experts
 
@@ -39,12 +43,13 @@ def main() -> None:
         logits = torch.randn(tokens, num_experts, device="cuda") + skew * torch.randn(num_experts, device="cuda")
         weights, index = logits.softmax(-1).topk(top_k)
         weights.requires_grad_()
-        layers = {"ours": experts, "fp8": in_fp8}
+        layers: dict[str, torch.nn.Module] = {"ours": experts, "fp8": in_fp8}
         theirs = _transformers(experts, hidden, intermediate, num_experts, top_k)
         if theirs is not None:
             layers["transformers"] = theirs
         kept = {side: round(_kept(layer, x, index, weights), 2) for side, layer in layers.items()}
         calls = {side: _pass(layer, x, index, weights) for side, layer in layers.items()}
+        calls |= {f"{side}, PyTorch": _with_pytorchs_products(calls[side]) for side in ("ours", "fp8")}
         milliseconds = _medians(calls | {"dense": _dense(tokens * top_k, hidden, intermediate)})
         flops = 18 * tokens * top_k * hidden * intermediate
         speed = {side: round(flops / median / 1e9) for side, median in milliseconds.items()}
@@ -53,6 +58,7 @@ def main() -> None:
         row |= {"kept GiB": kept["ours"], "transformers": speed.get("transformers", "-")}
         row |= {"kept by it": kept.get("transformers", "-"), "dense": speed["dense"]}
         row |= {"ours / dense": round(milliseconds["dense"] / milliseconds["ours"], 2), "ours in fp8": speed["fp8"]}
+        row |= {"with PyTorch's products": speed["ours, PyTorch"], "in fp8 with them": speed["fp8, PyTorch"]}
         row |= {"busiest expert / mean": round(load, 2)}
         record("layer", row, heading=number == 0)
 
@@ -69,6 +75,16 @@ def _pass(
         experts(x, index, weights).backward(grad)
 
     return call
+
+
+def _with_pytorchs_products(call: Callable[[], None]) -> Callable[[], None]:
+    """The same with PyTorch's grouped products in place of ours."""
+
+    def patched() -> None:
+        with mock.patch.object(grouped_gemm, "_FEW_ROWS", sys.maxsize):
+            call()
+
+    return patched
 
 
 def _kept(experts: torch.nn.Module, x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> float:

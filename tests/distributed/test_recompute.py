@@ -102,6 +102,22 @@ def test_what_is_computed_again(kind: Recompute, attention: int, products: int) 
     assert count.ran["aten::topk"] == layers
 
 
+def test_only_the_first_grouped_product_is_kept_whichever_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A narrow second product goes to another operator than the first; here two that a CPU has."""
+    monkeypatch.setattr(module, "_GROUPED_PRODUCTS", frozenset({"aten::mm", "aten::bmm"}))
+    a, b = torch.randn(2, 3, 3), torch.randn(2, 3, 3)
+    keep, give = module._contexts(module._keeps_dear)
+    with keep:
+        first = a[0] @ b[0]
+        torch.bmm(a, b)
+        a[1] @ b[1]
+    with Count() as count, give:
+        again = a[0] @ b[0]
+        torch.bmm(a, b)
+        a[1] @ b[1]
+    assert again.equal(first) and (count.ran["aten::mm"], count.ran["aten::bmm"]) == (1, 1)
+
+
 def shaky(compute: Callable[..., Any]) -> Callable[..., Any]:
     """A router on a device that never computes the same twice."""
     return lambda self, x, *weights: compute(self, x + 0.5 * torch.randn_like(x), *weights)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from moe_trainer.config.choices import Family
 from moe_trainer.config.schema import RopeConfig
 from moe_trainer.config.store import compose
-from moe_trainer.kernels import cross_entropy, experts, norm, permute, rope
+from moe_trainer.kernels import cross_entropy, experts, grouped_gemm, norm, permute, rope
 from moe_trainer.kernels.permute import Routes, sort_by_expert, sum_pairs
 from moe_trainer.kernels.quantize import FP8, quantize
 from moe_trainer.kernels.router_gemm import router_logits
@@ -32,6 +32,7 @@ if not (torch.cuda.is_available() or INTERPRETED):
 from moe_trainer.kernels.gpu import adamw as gpu_adamw  # noqa: E402
 from moe_trainer.kernels.gpu import cross_entropy as gpu_cross_entropy  # noqa: E402
 from moe_trainer.kernels.gpu import fp8 as gpu_fp8  # noqa: E402
+from moe_trainer.kernels.gpu import grouped_gemm as gpu_grouped_gemm  # noqa: E402
 from moe_trainer.kernels.gpu import norm as gpu_norm  # noqa: E402
 from moe_trainer.kernels.gpu import normal as gpu_normal  # noqa: E402
 from moe_trainer.kernels.gpu import rope as gpu_rope  # noqa: E402
@@ -92,6 +93,94 @@ def test_sort(tokens: int, num_experts: int) -> None:
         assert torch.equal(ours.offsets.cpu(), exact.offsets) and ours.offsets.dtype == exact.offsets.dtype
         assert torch.equal(ours.order[:end].cpu(), exact.order[:end])
         assert torch.equal(ours.inverse[ours.order], torch.arange(tokens * TOP_K, device=DEVICE))
+
+
+LOADS = {
+    "one expert": [300],
+    "tiny first experts, one without rows": [1, 0, 5, 700, 128],
+    "skew": [0, 3, 64, 65, 1000, 0, 127, 129],
+    "many": [17] * 200,
+    "no rows": [0, 0, 0],
+}
+
+
+HOPPER = pytest.mark.skipif(INTERPRETED or torch.cuda.get_device_capability() != (9, 0), reason="for Hopper")
+
+
+@HOPPER
+@pytest.mark.parametrize("widths", ((128, 136), (264, 1000), (512, 256)), ids=str)
+@pytest.mark.parametrize("load", LOADS)
+def test_grouped_gemm(load: str, widths: tuple[int, int]) -> None:
+    """Both memory orders of the weight; rows of no expert, which hold anything, come last."""
+    counts, (width, other) = LOADS[load], widths
+    used, total = sum(counts), sum(counts) + 70
+    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    rows, grad = values(torch.bfloat16, total, width), values(torch.bfloat16, total, other, seed=1)
+    rows[used:], grad[used:] = float("nan"), float("nan")
+    weight = values(torch.bfloat16, len(counts), width, other)
+    parts = [part.double() for part in rows[:used].split(counts)]
+    exact = torch.cat([part @ own for part, own in zip(parts, weight.double(), strict=True)])
+    for given in (weight, weight.mT.contiguous().mT):
+        ours = gpu_grouped_gemm.multiply(rows, given, offsets)
+        assert ours.shape == (total, other)
+        torch.testing.assert_close(ours[:used].double(), exact, rtol=2**-8, atol=1e-3)
+    exact = torch.stack([part.T @ own.double() for part, own in zip(parts, grad[:used].split(counts), strict=True)])
+    ours = gpu_grouped_gemm.outer(rows, grad, offsets)
+    torch.testing.assert_close(ours.double(), exact, rtol=2**-8, atol=1e-3)
+    assert ours.equal(gpu_grouped_gemm.outer(rows, grad, offsets))
+
+
+@HOPPER
+@pytest.mark.parametrize("widths", ((128, 144), (272, 1008)), ids=str)
+@pytest.mark.parametrize("load", LOADS)
+def test_grouped_gemm_in_fp8(load: str, widths: tuple[int, int]) -> None:
+    """Exact but for the sum: the factors are what they were rounded to."""
+    counts, (width, other) = LOADS[load], widths
+    used, total = sum(counts), sum(counts) + 70
+    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    rows = quantize(values(torch.float32, total, width), FP8)
+    rows.scale[used:] = float("nan")
+    weight = quantize(values(torch.float32, len(counts), other, width), FP8)
+    parts = zip(rows.dequantize(torch.float64)[:used].split(counts), weight.dequantize(torch.float64), strict=True)
+    exact = torch.cat([part @ own.T for part, own in parts])
+    ours = gpu_grouped_gemm.multiply_scaled(*rows, *weight, offsets)
+    assert ours.shape == (total, other) and ours.dtype is torch.bfloat16
+    torch.testing.assert_close(ours[:used].double(), exact, rtol=2**-7, atol=2**-4)  # sums in fp8 keep 14 bits
+
+
+@HOPPER
+@pytest.mark.parametrize("first", (0, 7, 98))
+def test_grouped_gemm_touches_no_memory_but_its_own(first: int) -> None:
+    """A tensor alone in what the driver mapped, whose first tiles are not full: addresses before it are errors."""
+    torch.cuda.empty_cache()
+    rows, weight = values(torch.bfloat16, 20000, 1024), values(torch.bfloat16, 3, 1024, 1024)
+    offsets = torch.tensor([first, first, 19990], device=DEVICE, dtype=torch.int32)
+    out, grad = gpu_grouped_gemm.multiply(rows, weight, offsets), gpu_grouped_gemm.outer(rows, rows, offsets)
+    torch.cuda.synchronize()
+    exact = rows[first:19990].double()
+    torch.testing.assert_close(out[first:19990].double(), exact @ weight[2].double(), rtol=2**-8, atol=1e-2)
+    torch.testing.assert_close(grad[2].double(), exact.T @ exact, rtol=2**-8, atol=1e-2)
+
+
+@HOPPER
+def test_which_products_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[tuple[int, ...]] = []
+    for name in ("multiply", "outer"):
+        kernel = getattr(gpu_grouped_gemm, name)
+        record = lambda *args, kernel=kernel: (taken.append(args[1].shape), kernel(*args))[1]  # noqa: E731
+        monkeypatch.setattr(gpu_grouped_gemm, name, record)
+    offsets = torch.tensor([100, 4096], device=DEVICE, dtype=torch.int32)
+    rows, weight = values(torch.bfloat16, 4096, 256), values(torch.bfloat16, 2, 128, 256)
+    for own in (weight.mT, weight.float().mT, weight[:, :64].mT, weight.mT.contiguous()):
+        multiplied = grouped_gemm.multiply(rows.to(own.dtype), own, offsets)
+        exact = torch.cat([rows[:100].double() @ own[0].double(), rows[100:].double() @ own[1].double()])
+        torch.testing.assert_close(multiplied.double(), exact, rtol=2**-8, atol=1e-2)
+    grouped_gemm.multiply(rows[:4000], weight.mT, offsets - 96)
+    grouped_gemm.outer(rows, rows[:, :128], offsets)
+    assert taken == [(2, 256, 128), (2, 256, 128), (4096, 128)]
+    monkeypatch.setenv("MOE_TRAINER_KERNELS", "reference")
+    grouped_gemm.multiply(rows, weight.mT, offsets)
+    assert len(taken) == 3
 
 
 @pytest.mark.parametrize("width", (8, 100, 1500))

@@ -25,6 +25,7 @@ from moe_trainer.train.recompute import recompute_layers
 from moe_trainer.train.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 SHAPE = ModelConfig(
     vocab_size=264, hidden_size=256, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=64, num_experts=8
@@ -40,7 +41,7 @@ def model_on_gpu(lora: LoraConfig | None = None) -> CausalLM:
 
 
 def loss_of(model: CausalLM) -> torch.Tensor:
-    ids = torch.randint(0, 264, (2, 512), generator=torch.Generator().manual_seed(1)).cuda()
+    ids = torch.randint(0, 264, (4, 1024), generator=torch.Generator().manual_seed(1)).cuda()
     return model(ids).logits.float().square().mean()
 
 
@@ -64,6 +65,21 @@ def test_recomputation_changes_no_gradient_and_keeps_less() -> None:
         errors = {name: relative_error(found[name], expected[name]) for name in expected}
         assert max(errors.values()) < 1e-2, (kind, errors)
     assert kept[Recompute.full] < kept[Recompute.selective] < most
+
+
+@pytest.mark.skipif(not IS_HOPPER, reason="the kernel is for Hopper")
+@pytest.mark.parametrize(("kind", "products"), [(Recompute.none, 4), (Recompute.selective, 5), (Recompute.full, 6)])
+def test_recomputation_keeps_the_first_product_of_our_own_kernel(
+    kind: Recompute, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two products a layer forward, two backward, and those that are made again."""
+    from moe_trainer.kernels.gpu import grouped_gemm as gpu_grouped_gemm
+
+    counted: list[torch.Tensor] = []
+    launch = gpu_grouped_gemm._launch
+    monkeypatch.setattr(gpu_grouped_gemm, "_launch", lambda *args: (counted.append(args[1]), launch(*args))[1])
+    gradients(kind)
+    assert len(counted) == products * SHAPE.num_layers
 
 
 def test_moments_in_host_memory_give_the_same_bits() -> None:
