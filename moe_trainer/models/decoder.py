@@ -1,6 +1,6 @@
 """The decoder-only language model that every family shares; a family says what its layers are made of."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import nn
@@ -109,6 +109,12 @@ class CausalLM(nn.Module):
         """Make the head's weight the embedding's, where the config says so; again after weights were replaced."""
         if self.is_tied:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def to_empty(self, *, device: torch.device | str | int | None, recurse: bool = True) -> Self:
+        """As PyTorch's, which would leave a tied model with two weights."""
+        super().to_empty(device=device, recurse=recurse)
+        self.tie()
+        return self
 
     def forward(
         self, input_ids: torch.Tensor, cache: KVCache | None = None, documents: Documents | None = None
