@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -30,12 +31,16 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, resh
     rest, in an MoE model a small share of it, stays whole from its forward to its backward pass, unless `reshard`;
     experts do not. Gradients are summed, not averaged: the loss is divided once by the tokens of the whole batch, so
     experts, which meet the tokens of several data ranks, need no factor of their own. Experts that no other data rank
-    holds are left to themselves: FSDP would copy their weights and gradients several times.
+    holds are left to themselves: FSDP would copy their weights and gradients several times. So is a whole model on
+    one rank where everything is of one type.
     """
     compute = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
     precise = MixedPrecisionPolicy(precision.precise, precision.reduce, cast_forward_inputs=False)
     dense, expert = meshes.dense_data, meshes.expert_data
     _widen(model, precision.precise)
+    types = {precision.compute, precision.master, precision.reduce, precision.precise}
+    if dist.get_world_size() == 1 and len(types) == 1:
+        return
     alone: set[nn.Parameter] = set()
     for layer in model.modules():
         if not isinstance(layer, DecoderLayer):

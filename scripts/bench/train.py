@@ -9,7 +9,7 @@ data rank unless given, no auxiliary loss unless given, in the first steps of a 
 full rate random tokens teach the router of a new model nothing but a preference for some experts. The row: the median
 of the last two thirds of the steps as tokens a second a GPU and TFLOP/s (6 x active parameters without the embedding,
 causal attention halved), the peak memory, what of it are weights and moments, and how many pairs the busiest expert
-rank has over the mean. `--peer` measures transformers instead, with FSDP2 over all ranks, grouped_mm experts and
+rank has over the mean. `--peer` measures transformers instead, with FSDP2 where it has work, grouped_mm experts and
 fused AdamW; `--both` measures both in one process, taking turns step by step, where the machine's own speed moves.
 `--profile` adds where one step's GPU time goes, by kernel.
 """
@@ -93,7 +93,7 @@ class Ours:
 
 
 class Transformers:
-    """The same model, batch and optimizer as transformers' users would have them: FSDP2, eager layers."""
+    """The same model, batch and optimizer as transformers' users have them: FSDP2 where it has work, eager layers."""
 
     name = "transformers"
 
@@ -108,14 +108,15 @@ class Transformers:
         with torch.device("meta"):
             self._model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **options)
         precision = resolve_precision(cfg.dtype, cfg.reduce_dtype, device)
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-        policy = MixedPrecisionPolicy(precision.compute, precision.reduce)
-        for module in (*self._model.model.layers, self._model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+        if dist.get_world_size() > 1 or {precision.compute, precision.reduce} != {torch.float32}:
+            mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+            policy = MixedPrecisionPolicy(precision.compute, precision.reduce)
+            for module in (*self._model.model.layers, self._model):
+                fully_shard(module, mesh=mesh, mp_policy=policy)
         self._model.to_empty(device=device)
         with torch.no_grad():
             for name, parameter in self._model.named_parameters():
-                parameter.to_local().fill_(1) if "norm" in name else parameter.to_local().normal_(0, 0.02)
+                local_part(parameter).fill_(1) if "norm" in name else local_part(parameter).normal_(0, 0.02)
         rotary = self._model.model.rotary_emb
         width = cfg.model.qk_rope_head_dim if cfg.model.family is Family.deepseek_v3 else cfg.model.head_dim
         rotary.inv_freq = cfg.model.rope.theta ** (-torch.arange(0, width, 2, device=device).float() / width)

@@ -32,7 +32,7 @@ from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
 from tests.distributed.reference import PLANS, Case, check, mesh, plain_outcome
-from tests.distributed.runs import fit
+from tests.distributed.runs import figures, fit, run_config, train_each
 from tests.distributed.test_families import MODELS
 
 ATTENTION, EXPERTS = "model.layers.*.self_attn.*_proj", "model.layers.*.mlp.experts"
@@ -144,6 +144,15 @@ def loaded_logits(folder: Path, parallel: ParallelConfig) -> torch.Tensor:
     model.to_empty(device="cpu").requires_grad_(False)
     load_weights(source, dict(model.named_parameters()) | dict(model.named_buffers()))
     return logits(model)
+
+
+def test_adapters_stay_wide_where_all_else_is_bfloat16(tmp_path: Path) -> None:
+    """Also on one rank, where nothing but they needs a cast."""
+    low = OptimConfig(weights_dtype=DType.bfloat16)
+    types = {"dtype": DType.bfloat16, "reduce_dtype": DType.bfloat16, "optim": low, "lora": LoraConfig(rank=2)}
+    for name, ranks in (("one", 1), ("fsdp2", 2)):
+        run_distributed(train_each, ranks, [run_config(tmp_path, name, name, 2, **types)])
+    assert figures(tmp_path / "one") == pytest.approx(figures(tmp_path / "fsdp2"), rel=2e-2)
 
 
 @pytest.fixture(params=["mixtral", "deepseek_v3"])

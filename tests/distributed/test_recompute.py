@@ -180,5 +180,5 @@ def root_after_a_step(cfg: Config) -> str:
 def test_the_next_forward_pass_waits_for_the_optimizer(tmp_path: Path) -> None:
     """On a GPU, FSDP gathers on streams of its own, which only the root of a pass lets wait."""
     model = ModelConfig(hidden_size=32, intermediate_size=32, num_layers=2, head_dim=8, num_experts=4)
-    cfgs = [run_config(tmp_path, kind.value, "one", 1, recompute=kind, model=model) for kind in KINDS]
-    assert [run_distributed(root_after_a_step, 1, cfg)[0] for cfg in cfgs] == ["None", "None"]
+    cfgs = [run_config(tmp_path, kind.value, "fsdp2", 1, recompute=kind, model=model) for kind in KINDS]
+    assert [run_distributed(root_after_a_step, 2, cfg)[0] for cfg in cfgs] == ["None", "None"]
