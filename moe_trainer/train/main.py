@@ -15,7 +15,7 @@ from moe_trainer.config.store import to_yaml
 from moe_trainer.observe.log import get_logger, setup_logging
 from moe_trainer.parallel.heartbeat import Heartbeat
 from moe_trainer.parallel.process_group import process_group
-from moe_trainer.train.memory import is_out_of_memory
+from moe_trainer.train.memory import out_of_memory_is
 from moe_trainer.train.trainer import Trainer
 
 _logger = get_logger(__name__)
@@ -72,12 +72,6 @@ def refuse_strangers(cfg: Config) -> None:
 
 
 def _built(cfg: Config, device: torch.device) -> Trainer:
-    try:
+    advice = "try more ranks in parallel.fsdp or parallel.tp, or optim.weights_dtype=bfloat16"
+    with out_of_memory_is(lambda: f"rank {dist.get_rank()} has no memory for its share of the model; {advice}"):
         return Trainer(cfg, device)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ConfigError(
-            f"rank {dist.get_rank()} has no memory for its share of the model; try more ranks in parallel.fsdp or "
-            f"parallel.tp, or optim.weights_dtype=bfloat16. PyTorch said: {' '.join(str(error).split())[:200]}"
-        ) from error

@@ -1,5 +1,7 @@
 """What a rank keeps of each parameter, and what to say when a step runs out of memory."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -70,15 +72,19 @@ def _size(size: int) -> str:
     return f"{size / 2**10:.1f} KiB"
 
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Of the GPU or of the host."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+@contextmanager
+def out_of_memory_is(message: Callable[[], str]) -> Iterator[None]:
+    """What runs out of a GPU's or the host's memory inside raises ConfigError: the message and what PyTorch said."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise ConfigError(f"{message()}. PyTorch said: {' '.join(str(error).split())[:200]}") from error
 
 
-def explain_out_of_memory(
-    error: Exception, cfg: Config, rank: int, step: int, seq_len: int, expert_counts: torch.Tensor | None
-) -> ConfigError:
-    """One line with what a step is made of, and what makes it smaller.
+def how_to_need_less(cfg: Config, rank: int, step: int, seq_len: int, expert_counts: torch.Tensor | None) -> str:
+    """One line with what a step that ran out of memory is made of, and what makes it smaller.
 
     Args:
         step: the one that failed.
@@ -95,8 +101,7 @@ def explain_out_of_memory(
     ways += [] if cfg.optim.offload else ["optim.offload=true"]
     ways.append("more ranks in parallel.fsdp or parallel.tp")
     ways.append(f"a shorter data.seq_len (now {seq_len})")
-    first = " ".join(str(error).split())[:200]
-    return ConfigError(
+    return (
         f"rank {rank} ran out of memory in step {step} with data.micro_batch_size={micro} sequences of {seq_len} "
-        f"tokens{even}; try {', '.join(ways)}. PyTorch said: {first}"
+        f"tokens{even}; try {', '.join(ways)}"
     )

@@ -56,7 +56,7 @@ from moe_trainer.train.dump import dump_skipped_step
 from moe_trainer.train.evaluate import build_held_out, evaluate
 from moe_trainer.train.fp8 import compute_in_fp8
 from moe_trainer.train.loss import Losses, LossFn
-from moe_trainer.train.memory import explain_out_of_memory, is_out_of_memory, states_of
+from moe_trainer.train.memory import how_to_need_less, out_of_memory_is, states_of
 from moe_trainer.train.recompute import recompute_layers
 from moe_trainer.train.replay import take_twice
 from moe_trainer.train.report import RunReport, StepMetrics
@@ -206,15 +206,13 @@ class Trainer:
         return StepProfiler(chosen, self.run_folder / "profile", dist.get_rank(), self.device, self.state.step)
 
     def _next_step(self, last: StepMetrics | None) -> StepMetrics:
-        try:
-            with self.stragglers.measuring(self.state.step + 1, self.loader):
-                return self.train_step(self.loader.batch(self.state.samples).to(self.device))
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            counts = None if last is None else last.losses.expert_counts
-            where = dist.get_rank(), self.state.step + 1, self.loader.seq_len
-            raise explain_out_of_memory(error, self.cfg, *where, counts) from error
+        counts = None if last is None else last.losses.expert_counts
+        where = dist.get_rank(), self.state.step + 1, self.loader.seq_len
+        with (
+            out_of_memory_is(lambda: how_to_need_less(self.cfg, *where, counts)),
+            self.stragglers.measuring(self.state.step + 1, self.loader),
+        ):
+            return self.train_step(self.loader.batch(self.state.samples).to(self.device))
 
     def train_step(self, batch: Batch) -> StepMetrics:
         """One optimizer step on this rank's share [grad_accum_steps * micro_batch, seq] of the global batch."""
