@@ -1,6 +1,8 @@
 """Whole training runs, small and quiet: the meshes that they are taken on, their config, and what comes of them."""
 
 import io
+import subprocess
+import time
 from contextlib import redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -64,3 +66,15 @@ def train_each(cfgs: list[Config]) -> None:
 def figures(run: Path, name: str = "loss") -> list[float]:
     """One figure of the metrics of a run's folder, in the order of its lines."""
     return [line[name] for line in read_metrics(run / "metrics.jsonl") if name in line]
+
+
+def wait_for_steps(command: subprocess.Popen[str], run: Path, steps: int) -> None:
+    """Until the run that a command has begun has taken so many."""
+    deadline = time.monotonic() + 300
+    while True:
+        has_ended = command.poll() is not None
+        if (run / "metrics.jsonl").exists() and len(figures(run)) >= steps:
+            return
+        assert not has_ended, command.communicate()
+        assert time.monotonic() < deadline, "the run did not get going"
+        time.sleep(0.05)

@@ -17,6 +17,7 @@ from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.state import TrainState
 from moe_trainer.train.trainer import Trainer
+from tests.distributed.runs import wait_for_steps
 
 ROOT = Path(__file__).parents[2]
 STEPS = 14
@@ -45,16 +46,6 @@ def ranks_of(folder: Path) -> dict[int, int]:
     return ranks
 
 
-def wait_for_steps(folder: Path, steps: int) -> None:
-    metrics = folder / "lost" / "metrics.jsonl"
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        if metrics.exists() and len(read_metrics(metrics)) >= steps:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the run did not get going")
-
-
 def undisturbed(folder: Path, steps: int) -> None:
     """The same run as one process."""
     overrides = ["+recipe=mixtral_sp_ep", "device=cpu", "run_name=whole", f"run_dir={folder}", f"steps={steps}"]
@@ -73,7 +64,7 @@ def losses(run: Path) -> list[float]:
 def test_one_of_four_is_killed_two_go_on_and_four_take_over(tmp_path: Path) -> None:
     elastic = ["parallel.mesh=auto", "checkpoint.every=2", "launch.max_restarts=1", "launch.shrink=true"]
     command = train(tmp_path, *elastic, f"steps={STEPS}")
-    wait_for_steps(tmp_path, 5)
+    wait_for_steps(command, tmp_path / "lost", 5)
     ranks = ranks_of(tmp_path)
     assert set(ranks) == {0, 1, 2, 3}
     os.kill(ranks[2], signal.SIGKILL)
@@ -101,7 +92,7 @@ def test_one_of_four_is_killed_two_go_on_and_four_take_over(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_rank_that_hangs_is_named_with_its_step_and_collective(tmp_path: Path) -> None:
     command = train(tmp_path, "parallel.fsdp=1", "launch.timeout_seconds=8", "steps=1000")
-    wait_for_steps(tmp_path, 3)
+    wait_for_steps(command, tmp_path / "lost", 3)
     ranks = ranks_of(tmp_path)
     os.kill(ranks[1], signal.SIGSTOP)
     time.sleep(9)

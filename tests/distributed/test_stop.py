@@ -16,6 +16,7 @@ from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.state import TrainState
 from moe_trainer.train.stop import StopRequest
+from tests.distributed.runs import wait_for_steps
 
 RECIPE = ["+recipe=mixtral_tiny", "run_name=stopped", "device=cpu"]
 LONG = "steps=100000"
@@ -58,20 +59,10 @@ def train(folder: Path, *overrides: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def wait_for_steps(folder: Path, steps: int) -> None:
-    metrics = folder / "stopped" / "metrics.jsonl"
-    deadline = time.monotonic() + 240
-    while time.monotonic() < deadline:
-        if metrics.exists() and len(read_metrics(metrics)) >= steps:
-            return
-        time.sleep(0.1)
-    raise AssertionError("the run did not get going")
-
-
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_printed_command_goes_on(tmp_path: Path, sent: signal.Signals) -> None:
     command = train(tmp_path, LONG)
-    wait_for_steps(tmp_path, 3)
+    wait_for_steps(command, tmp_path / "stopped", 3)
     command.send_signal(sent)
     out, err = command.communicate(timeout=120)
     assert command.returncode == 0, err
