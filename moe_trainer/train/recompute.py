@@ -25,14 +25,7 @@ _ATTENTION = frozenset(
         "aten::_flash_attention_forward",
     }
 )
-_GROUPED_PRODUCTS = frozenset(
-    {
-        "aten::_grouped_mm",
-        "aten::_scaled_grouped_mm",
-        "moe_trainer::grouped_mm",
-        "moe_trainer::scaled_grouped_mm",
-    }
-)
+_GROUPED_PRODUCTS = frozenset({"aten::_grouped_mm", "aten::_scaled_grouped_mm", "moe_trainer::grouped_mm"})
 
 Keeps = Callable[[str, int], bool]
 """(operator, how often one of its kind has run in this pass, this time included) -> whether its result is kept."""

@@ -24,11 +24,8 @@ _OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 
 def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """As `grouped_gemm.multiply`: [rows, a] x [experts, a, b] -> [rows, b]; the weight in either memory order.
-
-    An operator, `moe_trainer::grouped_mm`, so that activation checkpointing can keep its result.
-    """
-    return torch.ops.moe_trainer.grouped_mm(rows, weight, offsets)
+    """As `grouped_gemm.multiply`: [rows, a] x [experts, a, b] -> [rows, b]; the weight in either memory order."""
+    return torch.ops.moe_trainer.grouped_mm(rows, weight, offsets, None, None)
 
 
 def multiply_scaled(
@@ -39,24 +36,10 @@ def multiply_scaled(
     offsets: torch.Tensor,
 ) -> torch.Tensor:
     """fp8 [rows, in] with scales [rows] x [experts, out, in] with scales [experts, out] -> bfloat16 [rows, out]."""
-    return torch.ops.moe_trainer.scaled_grouped_mm(rows, row_scale, weight, weight_scale, offsets)
+    return torch.ops.moe_trainer.grouped_mm(rows, weight.mT, offsets, row_scale, weight_scale)
 
 
-def _launch_multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    return _launch(rows, weight, offsets, None, None)
-
-
-def _launch_multiply_scaled(
-    rows: torch.Tensor,
-    row_scale: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    offsets: torch.Tensor,
-) -> torch.Tensor:
-    return _launch(rows, weight.mT, offsets, row_scale, weight_scale)
-
-
-def _launch(
+def _grouped_mm(
     rows: torch.Tensor,
     weight: torch.Tensor,
     offsets: torch.Tensor,
@@ -91,11 +74,10 @@ def _launch(
     return out
 
 
+# An operator, so that activation checkpointing can keep its result.
 _OPERATORS = torch.library.Library("moe_trainer", "FRAGMENT")
-_OPERATORS.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets) -> Tensor")
-_OPERATORS.define("scaled_grouped_mm(Tensor rows, Tensor rs, Tensor weight, Tensor ws, Tensor offsets) -> Tensor")
-_OPERATORS.impl("grouped_mm", _launch_multiply, "CUDA")
-_OPERATORS.impl("scaled_grouped_mm", _launch_multiply_scaled, "CUDA")
+_OPERATORS.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets, Tensor? rs, Tensor? cs) -> Tensor")
+_OPERATORS.impl("grouped_mm", _grouped_mm, "CUDA")
 
 
 def outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
