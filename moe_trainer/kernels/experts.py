@@ -6,17 +6,25 @@ gradient is a row's inner product there and the experts' outputs need not be kep
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 
 from moe_trainer.kernels.backend import has_kernel
-from moe_trainer.kernels.grouped_gemm import Multiply, outer
+from moe_trainer.kernels.grouped_gemm import Multiply, expert_of_rows, outer, sum_rows
 from moe_trainer.kernels.permute import Routes, gather_rows, sum_pairs
 
 Product = Callable[[torch.Tensor, str, torch.Tensor, torch.Tensor], torch.Tensor]
 """(rows, name of the weight, weight, offsets) -> rows; `Experts.product`."""
+
+
+class Clamp(NamedTuple):
+    """gpt-oss's SwiGLU: `gate * sigmoid(alpha * gate) * (up + 1)`, gate at most `limit`, up at most that far from
+    zero."""
+
+    alpha: float
+    limit: float
 
 
 class Exchange(Protocol):
@@ -44,6 +52,8 @@ def swiglu_experts(
     product: Product,
     multiply: Multiply,
     exchange: Exchange | None = None,
+    gate_up_bias: torch.Tensor | None = None,
+    clamp: Clamp | None = None,
 ) -> torch.Tensor:
     """`sum_k weight_k * down(silu(gate(x)) * up(x))` over each token's experts: [tokens, hidden] -> the same.
 
@@ -57,8 +67,11 @@ def swiglu_experts(
         multiply: multiplies gradients with the weights, in the backward pass, which needs them as they are.
         exchange: begun with `x`: all but `x` and its gradient are then about the tokens of all ranks. The backward
             pass gathers them again beside its first product, and sums their gradients beside its last.
+        gate_up_bias: [experts, 2, intermediate].
+        clamp: in place of silu(gate) * up.
     """
-    return _SwigluExperts.apply(x, top_k_weights, routes, gate_up_proj, down_proj, product, multiply, exchange)
+    settings = product, multiply, exchange, clamp
+    return _SwigluExperts.apply(x, top_k_weights, routes, gate_up_proj, gate_up_bias, down_proj, *settings)
 
 
 class _SwigluExperts(torch.autograd.Function):
@@ -69,32 +82,37 @@ class _SwigluExperts(torch.autograd.Function):
         top_k_weights: torch.Tensor,
         routes: Routes,
         gate_up_proj: torch.Tensor,
+        gate_up_bias: torch.Tensor | None,
         down_proj: torch.Tensor,
         product: Product,
         multiply: Multiply,
         exchange: Exchange | None,
+        clamp: Clamp | None,
     ) -> torch.Tensor:
         tokens = x if exchange is None else exchange.tokens()
         gate_up = product(gather_rows(tokens, routes), "gate_up_proj", gate_up_proj, routes.offsets)
         top_k_weights = top_k_weights.contiguous()
-        ctx.save_for_backward(x, top_k_weights, gate_up, gate_up_proj, down_proj)
-        ctx.routes, ctx.multiply, ctx.exchange = routes, multiply, exchange
-        rows = product(swiglu(gate_up, top_k_weights, routes), "down_proj", down_proj, routes.offsets)
-        return sum_pairs(rows, routes)
+        bias = None if gate_up_bias is None else gate_up_bias.flatten(1)
+        ctx.save_for_backward(x, top_k_weights, gate_up, gate_up_proj, bias, down_proj)
+        ctx.routes, ctx.multiply, ctx.exchange, ctx.clamp = routes, multiply, exchange, clamp
+        activated = swiglu(gate_up, top_k_weights, routes, bias, clamp)
+        return sum_pairs(product(activated, "down_proj", down_proj, routes.offsets), routes)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, top_k_weights, gate_up, gate_up_proj, down_proj = ctx.saved_tensors
+        x, top_k_weights, gate_up, gate_up_proj, bias, down_proj = ctx.saved_tensors
         routes: Routes = ctx.routes
         exchange: Exchange | None = ctx.exchange
         offsets = routes.offsets
-        if exchange is not None and ctx.needs_input_grad[3]:
+        needs_gate_up, needs_bias, needs_down = ctx.needs_input_grad[3:6]  # a frozen weight needs no gradient
+        if exchange is not None and needs_gate_up:
             exchange.start(x)
         grad_out = gather_rows(grad, routes)  # [rows, hidden]
         grad_activated = ctx.multiply(grad_out, down_proj, offsets)
-        grad_gate_up, activated, grad_weights = swiglu_backward(gate_up, grad_activated, top_k_weights, routes)
-        # A frozen weight needs no gradient.
-        grad_down = outer(grad_out, activated, offsets) if ctx.needs_input_grad[4] else None
+        grad_gate_up, activated, grad_weights = swiglu_backward(
+            gate_up, grad_activated, top_k_weights, routes, bias, ctx.clamp
+        )
+        grad_down = outer(grad_out, activated, offsets) if needs_down else None
         del grad_out, grad_activated, activated
         grad_rows = ctx.multiply(grad_gate_up, gate_up_proj.flatten(1, 2), offsets)
         grad_x = sum_pairs(grad_rows, routes)
@@ -102,12 +120,13 @@ class _SwigluExperts(torch.autograd.Function):
         grad_gate_up_proj = None
         if exchange is not None:
             exchange.start_sum(grad_x)
-        if ctx.needs_input_grad[3]:
+        grad_bias = sum_rows(grad_gate_up, offsets).unflatten(1, (2, -1)) if needs_bias else None
+        if needs_gate_up:
             tokens = x if exchange is None else exchange.tokens()
             grad_gate_up_proj = outer(grad_gate_up, gather_rows(tokens, routes), offsets).view_as(gate_up_proj)
         if exchange is not None:
             grad_x = exchange.sum()
-        return grad_x, grad_weights, None, grad_gate_up_proj, grad_down, None, None, None
+        return grad_x, grad_weights, None, grad_gate_up_proj, grad_bias, grad_down, None, None, None, None
 
 
 def exchanged(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:
@@ -127,43 +146,129 @@ class _Exchanged(torch.autograd.Function):
         return ctx.exchange.sum(), None
 
 
-def swiglu(gate_up: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:
-    """[rows, 2 * intermediate], gate before up -> `silu(gate) * up * weight` [rows, intermediate].
+def activate(
+    gate_up: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    routes: Routes,
+    bias: torch.Tensor | None = None,
+    clamp: Clamp | None = None,
+) -> torch.Tensor:
+    """As `swiglu`, differentiable; it keeps the pre-activation."""
+    return _Activate.apply(gate_up, top_k_weights.contiguous(), routes, bias, clamp)
+
+
+class _Activate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate_up: torch.Tensor,
+        top_k_weights: torch.Tensor,
+        routes: Routes,
+        bias: torch.Tensor | None,
+        clamp: Clamp | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(gate_up, top_k_weights, bias)
+        ctx.routes, ctx.clamp = routes, clamp
+        return swiglu(gate_up, top_k_weights, routes, bias, clamp)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate_up, top_k_weights, bias = ctx.saved_tensors
+        routes: Routes = ctx.routes
+        grad_gate_up, _, grad_weights = swiglu_backward(
+            gate_up, grad.contiguous(), top_k_weights, routes, bias, ctx.clamp
+        )
+        grad_bias = sum_rows(grad_gate_up, routes.offsets) if ctx.needs_input_grad[3] else None
+        return grad_gate_up, grad_weights, None, grad_bias, None
+
+
+def combine_bias(bias: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:
+    """`sum_k weight_k * bias[expert_k]` [tokens, width] for bias [experts, width], which follows `down_proj`."""
+    experts = torch.bucketize(routes.inverse, routes.offsets, right=True).view_as(top_k_weights)
+    shares = top_k_weights.new_zeros(len(top_k_weights), len(bias) + 1)  # the last: of experts elsewhere
+    return shares.scatter_add(1, experts, top_k_weights)[:, :-1] @ bias.to(shares.dtype)
+
+
+def gated(gate: torch.Tensor, up: torch.Tensor, clamp: Clamp | None = None) -> torch.Tensor:
+    """`silu(gate) * up`, or as `clamp` has it."""
+    if clamp is None:
+        return F.silu(gate) * up
+    gate, up = gate.clamp(max=clamp.limit), up.clamp(-clamp.limit, clamp.limit)
+    return gate * torch.sigmoid(clamp.alpha * gate) * (up + 1)
+
+
+def swiglu(
+    gate_up: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    routes: Routes,
+    bias: torch.Tensor | None = None,
+    clamp: Clamp | None = None,
+) -> torch.Tensor:
+    """[rows, 2 * intermediate], gate before up -> `gated(gate, up, clamp) * weight` [rows, intermediate].
 
     Rows of no expert are undefined.
+
+    Args:
+        bias: [experts, 2 * intermediate], added first.
     """
+    experts = None if bias is None else expert_of_rows(len(gate_up), routes.offsets)
     if has_kernel(gate_up):
         from moe_trainer.kernels.gpu import swiglu as gpu
 
-        return gpu.swiglu(gate_up, top_k_weights, routes.order, routes.offsets[-1:])
-    gate, up = gate_up.to(top_k_weights.dtype).chunk(2, dim=-1)
-    return (F.silu(gate) * up * _of_rows(top_k_weights, routes)).to(gate_up.dtype)
+        return gpu.swiglu(gate_up, top_k_weights, routes.order, routes.offsets[-1:], bias, experts, clamp)
+    weights = _of_rows(top_k_weights, routes)
+    gate, up = _widened(gate_up, weights.dtype, bias, experts).chunk(2, dim=-1)
+    return (gated(gate, up, clamp) * weights).to(gate_up.dtype)
 
 
 def swiglu_backward(
-    gate_up: torch.Tensor, grad: torch.Tensor, top_k_weights: torch.Tensor, routes: Routes
+    gate_up: torch.Tensor,
+    grad: torch.Tensor,
+    top_k_weights: torch.Tensor,
+    routes: Routes,
+    bias: torch.Tensor | None = None,
+    clamp: Clamp | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of `gate_up` and `top_k_weights` for that of the result, and the result again."""
+    experts = None if bias is None else expert_of_rows(len(gate_up), routes.offsets)
     if has_kernel(gate_up):
         from moe_trainer.kernels.gpu import swiglu as gpu
 
         end = routes.offsets[-1:]
-        grad_gate_up, activated, grad_weights = gpu.swiglu_backward(gate_up, grad, top_k_weights, routes.order, end)
+        grad_gate_up, activated, grad_weights = gpu.swiglu_backward(
+            gate_up, grad, top_k_weights, routes.order, end, bias, experts, clamp
+        )
         return grad_gate_up, activated, grad_weights.view_as(top_k_weights)
     weights = _of_rows(top_k_weights, routes)
-    gate, up = gate_up.to(weights.dtype).chunk(2, dim=-1)
+    wide = _widened(gate_up, weights.dtype, bias, experts)
+    gate, up = wide.chunk(2, dim=-1)
+    if clamp is not None:
+        is_cut = torch.cat((gate > clamp.limit, up.abs() > clamp.limit), dim=-1)
+        gate = clamp.alpha * gate.clamp(max=clamp.limit)  # gate * sigmoid(alpha * gate) is silu(alpha * gate) / alpha
+        up = up.clamp(-clamp.limit, clamp.limit) + 1
     silu, upstream = F.silu(gate), grad.to(weights.dtype)
+    if clamp is not None:
+        silu /= clamp.alpha
     activated = silu * up
     here = torch.arange(len(grad), device=grad.device) < routes.offsets[-1]
     grad_weights = torch.zeros_like(top_k_weights).flatten()
     grad_weights[routes.order] = (upstream * activated).sum(-1).masked_fill_(~here, 0)
     upstream = upstream * weights
-    grad_gate_up = torch.empty(gate_up.shape, dtype=weights.dtype, device=gate_up.device)
+    grad_gate_up = torch.empty_like(wide)
     grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
     torch.ops.aten.silu_backward(upstream * up, gate, grad_input=grad_gate)
     torch.mul(upstream, silu, out=grad_up)
+    if clamp is not None:
+        grad_gate_up.masked_fill_(is_cut, 0)
     activated = (activated * weights).to(gate_up.dtype)
     return grad_gate_up.to(gate_up.dtype), activated, grad_weights.view_as(top_k_weights)
+
+
+def _widened(
+    gate_up: torch.Tensor, dtype: torch.dtype, bias: torch.Tensor | None, experts: torch.Tensor | None
+) -> torch.Tensor:
+    wide = gate_up.to(dtype)
+    return wide if bias is None else wide + bias.to(dtype).index_select(0, experts)
 
 
 def _of_rows(top_k_weights: torch.Tensor, routes: Routes) -> torch.Tensor:

@@ -74,32 +74,11 @@ def expert_of_rows(num_rows: int, offsets: torch.Tensor) -> torch.Tensor:
     return torch.bucketize(numbers, offsets, right=True).clamp_(max=len(offsets) - 1)
 
 
-def add_bias(rows: torch.Tensor, bias: torch.Tensor, experts: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """`rows + bias[e]` for the rows of each expert e; rows, offsets and gradients as in `grouped_linear`.
-
-    Args:
-        rows: [rows, out].
-        experts: see `expert_of_rows`.
-        bias: [num_experts, out]. Its gradient is a product with ones: deterministic, and not one row after the other
-            as indexing's is.
-    """
-    return _AddBias.apply(rows, bias, experts, offsets)
-
-
-class _AddBias(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: torch.Tensor, bias: torch.Tensor, experts: torch.Tensor, offsets: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.save_for_backward(offsets)
-        return rows + bias.index_select(0, experts)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        if not ctx.needs_input_grad[1]:
-            return grad, None, None, None
-        ones = grad.new_ones(len(grad), 16 // grad.itemsize)  # as wide as the grouped product wants it at least
-        return grad, outer(grad.contiguous(), ones, ctx.saved_tensors[0])[..., 0], None, None
+def sum_rows(rows: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """[rows, width] -> [num_experts, width], the sum of each expert's rows, without autograd: a product with ones,
+    deterministic, and not one row after the other as a sum by index is."""
+    ones = rows.new_ones(len(rows), 16 // rows.itemsize)  # as wide as the grouped product wants it at least
+    return outer(rows, ones, offsets)[..., 0]
 
 
 def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

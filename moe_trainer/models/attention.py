@@ -114,15 +114,11 @@ class Attention(nn.Module):
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         query, key, value = self.project(x)
         query, key = rotate(query, rope), rotate(key, rope)
-        if documents is not None:
-            out = self.attend_documents(query, key, value, documents)
-            return self.o_proj(out.transpose(1, 2).flatten(2))
         if cache is None:
-            mask = causal_mask(query.shape[2], self.window, query.device)
+            out = self.attend_documents(query, key, value, documents)
         else:
             mask = cache.mask(self.window)
-            key, value = cache.append(self.layer, key, value)
-        out = self.attend(query, key, value, mask)
+            out = self.attend(query, *cache.append(self.layer, key, value), mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
     def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -140,9 +136,9 @@ class Attention(nn.Module):
         return attend(query, key, value, mask)
 
     def attend_documents(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents | None
     ) -> torch.Tensor:
-        """The same, each token in its own document."""
+        """The same, each token in its own document; see `attend_documents`."""
         return attend_documents(query, key, value, documents, self.window)
 
 
@@ -178,21 +174,28 @@ def attend_documents(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    documents: Documents,
+    documents: Documents | None,
     window: int | None,
     scale: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention inside each document, shapes as `attend`; a mask of seq x seq only where no kernel fits."""
-    if not takes_packed(query, value):
-        return attend(query, key, value, documents.mask(window), scale)
-    return attend_packed(query, key, value, documents, window, scale)
+    """Causal attention inside each document, shapes as `attend`; a mask of seq x seq only where no kernel fits.
+
+    Args:
+        documents: None: each row is one.
+        window: positions that a token attends to, itself included; None: all before it.
+    """
+    if documents is None and (window is None or query.shape[2] <= window):
+        return attend(query, key, value, None, scale)  # which has faster kernels
+    if takes_packed(query, value):
+        return attend_packed(query, key, value, documents, window, scale)
+    return attend(query, key, value, whole_mask(query, documents, window), scale)
 
 
 def attend_packed(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    documents: Documents,
+    documents: Documents | None,
     window: int | None,
     scale: float | None = None,
     sinks: torch.Tensor | None = None,
@@ -200,8 +203,16 @@ def attend_packed(
     """`attend_documents` by `packed_attention`, the rows of the batch laid end to end."""
     batch, _, seq, _ = query.shape
     rows = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]  # [batch * seq, heads, head_dim]
-    out = packed_attention(*rows, documents.boundaries, seq, window, scale, sinks)
+    if documents is None and window is not None and seq <= window:
+        window = None
+    boundaries = None if documents is None else documents.boundaries
+    out = packed_attention(*rows, boundaries, seq, window, scale, sinks)
     return out.unflatten(0, (batch, seq)).transpose(1, 2)
+
+
+def whole_mask(query: torch.Tensor, documents: Documents | None, window: int | None) -> torch.Tensor | None:
+    """Where each token of whole sequences looks, as `attend` wants it."""
+    return causal_mask(query.shape[2], window, query.device) if documents is None else documents.mask(window)
 
 
 def causal_mask(seq: int, window: int | None, device: torch.device) -> torch.Tensor | None:

@@ -1,11 +1,10 @@
 """The sparse feed-forward layer: a router chooses `top_k` of `num_experts` experts for each token."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from moe_trainer.kernels.experts import Exchange, exchanged, swiglu_experts
-from moe_trainer.kernels.grouped_gemm import Multiply, add_bias, expert_of_rows, grouped_linear, multiply
+from moe_trainer.kernels.experts import Clamp, Exchange, activate, combine_bias, exchanged, swiglu_experts
+from moe_trainer.kernels.grouped_gemm import Multiply, grouped_linear, multiply
 from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
 from moe_trainer.models.capacity import within_capacity
 from moe_trainer.models.router import Router, Routing
@@ -17,6 +16,8 @@ class Experts(nn.Module):
     Weights: `gate_up_proj` [experts, 2, intermediate, hidden] and `down_proj` [experts, hidden, intermediate].
     Gate and up are a dim of their own: a slice of `intermediate` is then a plain shard of both.
     """
+
+    clamp: Clamp | None = None
 
     def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int) -> None:
         super().__init__()
@@ -61,22 +62,23 @@ class Experts(nn.Module):
         """As `compute`, with the pairs sorted. With an exchange, which has begun with `x`, routes and result are
         about the tokens of all ranks."""
         if any("_lora_" in name for name in weights):
-            return self.compute_by_products(
-                x if exchange is None else exchanged(x, exchange), routes, top_k_weights, weights
-            )
-        gate_up_proj, down_proj = weights["gate_up_proj"], weights["down_proj"]
-        return swiglu_experts(
-            x, top_k_weights, routes, gate_up_proj, down_proj, self.product, self.multiply, exchange
-        )
+            x = x if exchange is None else exchanged(x, exchange)
+            out = self.compute_by_products(x, routes, top_k_weights, weights)
+        else:
+            factors = weights["gate_up_proj"], weights["down_proj"], self.product, self.multiply
+            gate_up_bias = weights.get("gate_up_bias")
+            out = swiglu_experts(x, top_k_weights, routes, *factors, exchange, gate_up_bias, self.clamp)
+        if "down_bias" not in weights:
+            return out
+        return (out + combine_bias(weights["down_bias"], top_k_weights, routes)).to(out.dtype)
 
     def compute_by_products(
         self, x: torch.Tensor, routes: Routes, top_k_weights: torch.Tensor, weights: dict[str, torch.Tensor]
     ) -> torch.Tensor:
-        """The same to the last bit in plain operations, which differentiate whatever a product is made of."""
+        """`swiglu_experts` in several operations, which differentiate whatever a product is made of."""
+        bias = weights["gate_up_bias"].flatten(1) if "gate_up_bias" in weights else None
         gate_up = self.adapted_product(permute(x, routes), "gate_up_proj", weights, routes.offsets)
-        of_rows = permute(top_k_weights.view(-1, 1), routes._replace(top_k=1))  # [rows, 1]
-        gate, up = gate_up.to(of_rows.dtype).chunk(2, dim=-1)
-        activated = (F.silu(gate) * up * of_rows).to(gate_up.dtype)
+        activated = activate(gate_up, top_k_weights, routes, bias, self.clamp)
         return combine(self.adapted_product(activated, "down_proj", weights, routes.offsets), routes)
 
     def product(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
@@ -95,44 +97,13 @@ class Experts(nn.Module):
 
 
 class ClampedExperts(Experts):
-    """Experts with biases and `(up + 1) * gate * sigmoid(alpha * gate)`, both sides clamped (gpt-oss)."""
+    """Experts with biases after both products, and a clamped SwiGLU between them (gpt-oss)."""
 
-    def __init__(
-        self, hidden_size: int, intermediate_size: int, num_experts: int, alpha: float, limit: float
-    ) -> None:
+    def __init__(self, hidden_size: int, intermediate_size: int, num_experts: int, clamp: Clamp) -> None:
         super().__init__(hidden_size, intermediate_size, num_experts)
-        self.alpha = alpha
-        self.limit = limit
+        self.clamp = clamp
         self.gate_up_bias = nn.Parameter(torch.empty(num_experts, 2, intermediate_size))
         self.down_bias = nn.Parameter(torch.empty(num_experts, hidden_size))
-
-    def compute_routes(
-        self,
-        x: torch.Tensor,
-        routes: Routes,
-        top_k_weights: torch.Tensor,
-        weights: dict[str, torch.Tensor],
-        exchange: Exchange | None = None,
-    ) -> torch.Tensor:
-        """As `compute`, with the pairs sorted; see there for `exchange`."""
-        return self.compute_by_products(
-            x if exchange is None else exchanged(x, exchange), routes, top_k_weights, weights
-        )
-
-    def compute_by_products(
-        self, x: torch.Tensor, routes: Routes, top_k_weights: torch.Tensor, weights: dict[str, torch.Tensor]
-    ) -> torch.Tensor:
-        """As `compute_routes`, of the tokens that the routes are about."""
-        rows = permute(x, routes)
-        experts = expert_of_rows(len(rows), routes.offsets)
-        gate_up = self.adapted_product(rows, "gate_up_proj", weights, routes.offsets)
-        gate, up = add_bias(gate_up, weights["gate_up_bias"].flatten(1), experts, routes.offsets).chunk(2, dim=-1)
-        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
-        activated = (up + 1) * gate * torch.sigmoid(gate * self.alpha)
-        out = self.adapted_product(activated, "down_proj", weights, routes.offsets)
-        out = add_bias(out, weights["down_bias"], experts, routes.offsets)
-        of_rows = permute(top_k_weights.view(-1, 1), routes._replace(top_k=1))  # [rows, 1]
-        return combine((out * of_rows).to(x.dtype), routes)
 
 
 class SparseMoeBlock(nn.Module):

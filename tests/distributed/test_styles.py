@@ -10,6 +10,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moe_trainer.config.schema import ParallelConfig
+from moe_trainer.kernels.experts import Clamp
 from moe_trainer.models.linear import Embedding, Linear
 from moe_trainer.models.lora import adapt
 from moe_trainer.models.moe import ClampedExperts, Experts, SparseMoeBlock
@@ -77,7 +78,7 @@ def block() -> nn.Module:
 
 
 def biased_block() -> nn.Module:
-    experts = ClampedExperts(WIDTH, 6, 6, alpha=1.7, limit=2.0)
+    experts = ClampedExperts(WIDTH, 6, 6, Clamp(alpha=1.7, limit=2.0))
     return nn.ModuleDict({"leaf": SparseMoeBlock(BiasedRouter(WIDTH, 6, 2), experts)})
 
 

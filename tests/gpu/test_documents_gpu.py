@@ -53,31 +53,32 @@ def with_gradients(out: torch.Tensor, inputs: list[torch.Tensor]) -> list[torch.
     return [out, *torch.autograd.grad((out * weights).sum(), inputs)]
 
 
+@pytest.mark.parametrize("is_whole", [False, True], ids=["documents", "whole rows"])
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_kernel_is_the_mask(name: str) -> None:
+def test_the_kernel_is_the_mask(name: str, is_whole: bool) -> None:
     """Both in bfloat16, and no further from float64 than the mask is, twice over."""
     *_, window, scale = SHAPES[name]
-    documents = Documents(NUMBERS.cuda(), 4)
+    documents = None if is_whole else Documents(NUMBERS.cuda(), 4)
     inputs = random_inputs(SHAPES[name])
-    assert not documents._masks
     ours = with_gradients(attend_documents(*inputs, documents, window, scale), inputs)
-    assert not documents._masks, "a mask was made"
+    assert is_whole or not documents._masks, "a mask was made"
     exact = [part.detach().double().requires_grad_() for part in inputs]
     expected = with_gradients(attend_documents(*exact, documents, window, scale), exact)
     for part, right in zip(ours, expected, strict=True):
         assert relative_error(part.double(), right) < 0.01
 
 
+@pytest.mark.parametrize("is_whole", [False, True], ids=["documents", "whole rows"])
 @pytest.mark.parametrize("window", [None, 50])
-def test_sinks(window: int | None) -> None:
-    """gpt-oss's attention, whose sinks the kernel does not know."""
+def test_sinks(window: int | None, is_whole: bool) -> None:
+    """gpt-oss's attention, whose sinks the kernels do not know."""
     cfg = compose("train", ["model=gpt_oss_20b", "data.text=x"]).model
     layer = SinkAttention(cfg, 0, window).cuda()
     layer.sinks.weight.data = torch.randn(cfg.num_heads, device="cuda")
-    documents = Documents(NUMBERS.cuda(), 4)
+    documents = None if is_whole else Documents(NUMBERS.cuda(), 4)
     inputs = random_inputs((cfg.num_heads, cfg.num_kv_heads, cfg.head_dim, cfg.head_dim, None, None))
     ours = with_gradients(layer.attend_documents(*inputs, documents), [*inputs, layer.sinks.weight])
-    assert not documents._masks, "a mask was made"
+    assert is_whole or not documents._masks, "a mask was made"
     exact = [part.detach().double().requires_grad_() for part in inputs]
     expected = with_gradients(layer.double().attend_documents(*exact, documents), [*exact, layer.sinks.weight])
     for part, right in zip(ours, expected, strict=True):

@@ -5,8 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_trainer.config.schema import ModelConfig
+from moe_trainer.kernels.experts import Clamp
 from moe_trainer.kernels.packed_attention import takes_packed
-from moe_trainer.models.attention import Attention, attend_packed, within
+from moe_trainer.models.attention import Attention, attend_packed, whole_mask, within
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
 from moe_trainer.models.documents import Documents
 from moe_trainer.models.moe import ClampedExperts, SparseMoeBlock
@@ -34,9 +35,10 @@ class AttentionSinks(nn.Module):
 class SinkAttention(Attention):
     """Attention with sinks.
 
-    A sink is a key that scores the same with every query, and whose value is zero: one more dim in queries (one) and
-    keys (zero, but the score in the sink's key) makes it so, and PyTorch's fused attention does the rest. Eight dims
-    are added, to values too, because fused kernels want whole 16 bytes and the CPU's one width.
+    Where `packed_attention` does not compute, a sink is a key that scores the same with every query, and whose value
+    is zero: one more dim in queries (one) and keys (zero, but the score in the sink's key) makes it so, and PyTorch's
+    fused attention does the rest. Eight dims are added, to values too, because fused kernels want whole 16 bytes and
+    the CPU's one width.
     """
 
     def __init__(self, cfg: ModelConfig, layer: int, window: int | None) -> None:
@@ -65,12 +67,12 @@ class SinkAttention(Attention):
         return out[..., : self.head_dim]
 
     def attend_documents(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents | None
     ) -> torch.Tensor:
         if takes_packed(query, value):
             sinks = self.sinks(query).flatten()
             return attend_packed(query, key, value, documents, self.window, sinks=sinks)
-        return self.attend(query, key, value, documents.mask(self.window))
+        return self.attend(query, key, value, whole_mask(query, documents, self.window))
 
     def _attend_once(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor
@@ -86,14 +88,12 @@ class SinkAttention(Attention):
 
 def build_gpt_oss(cfg: ModelConfig) -> CausalLM:
     """The model with unset weights, on torch's default device."""
-    layers = []
+    layers, clamp = [], Clamp(cfg.swiglu_alpha, cfg.swiglu_limit)
     for layer in range(cfg.num_layers):
         slides = cfg.sliding_layers is None or layer in cfg.sliding_layers
         mlp = SparseMoeBlock(
             BiasedRouter(cfg.hidden_size, cfg.num_experts, cfg.top_k),
-            ClampedExperts(
-                cfg.hidden_size, cfg.intermediate_size, cfg.num_experts, cfg.swiglu_alpha, cfg.swiglu_limit
-            ),
+            ClampedExperts(cfg.hidden_size, cfg.intermediate_size, cfg.num_experts, clamp),
             capacity_factor=cfg.capacity_factor,
         )
         attention = SinkAttention(cfg, layer, cfg.sliding_window if slides else None)

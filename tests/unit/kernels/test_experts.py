@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from moe_trainer.kernels.experts import Clamp
 from moe_trainer.kernels.permute import HostCount, sort_by_expert
-from moe_trainer.models.moe import Experts
+from moe_trainer.models.moe import ClampedExperts, Experts
 from tests.unit.kernels.test_permute import ELSEWHERE, INDEX, _Poison, index_of
 
 
@@ -15,23 +16,32 @@ def naive(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: 
         for choice, expert in enumerate(choices):
             if expert < ELSEWHERE:
                 gate, up = experts.gate_up_proj[expert] @ x[token]
-                out[token] = out[token] + weights[token, choice] * (experts.down_proj[expert] @ (F.silu(gate) * up))
+                if isinstance(experts, ClampedExperts):
+                    gate, up = torch.stack((gate, up)) + experts.gate_up_bias[expert]
+                    gate, up = gate.clamp(max=0.9), up.clamp(-0.9, 0.9)
+                    row = experts.down_proj[expert] @ ((up + 1) * gate * torch.sigmoid(1.7 * gate))
+                    row = row + experts.down_bias[expert]
+                else:
+                    row = experts.down_proj[expert] @ (F.silu(gate) * up)
+                out[token] = out[token] + weights[token, choice] * row
     return torch.stack(out) if len(x) else x
 
 
-class Poisoned(Experts):
-    """Products whose rows of no expert are NaN, as a grouped GEMM may leave them."""
+def poisoned(kind: str) -> Experts:
+    """With products whose rows of no expert are NaN, as a grouped GEMM may leave them."""
+    experts = ClampedExperts(6, 5, 4, Clamp(1.7, 0.9)) if kind == "clamped" else Experts(6, 5, 4)
+    product = experts.product
+    experts.product = lambda *args: _Poison.apply(product(*args), int(args[-1][-1]))
+    return experts.double()
 
-    def product(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-        return _Poison.apply(super().product(rows, name, weight, offsets), int(offsets[-1]))
 
-
+@pytest.mark.parametrize("kind", ("plain", "clamped"))
 @pytest.mark.parametrize("trim", (False, True))
 @pytest.mark.parametrize("name", INDEX)
-def test_value_and_gradients(name: str, trim: bool) -> None:
+def test_value_and_gradients(name: str, trim: bool, kind: str) -> None:
     index = index_of(name)
     generator = torch.Generator().manual_seed(0)
-    experts = Poisoned(6, 5, 4).double()
+    experts = poisoned(kind)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, generator=generator)
     x = torch.randn(len(index), 6, dtype=torch.float64, generator=generator).requires_grad_()

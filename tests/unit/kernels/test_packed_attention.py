@@ -1,12 +1,15 @@
 """What surrounds the GPU's kernel, with the same mathematics in plain PyTorch in its place."""
 
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from moe_trainer.kernels import packed_attention as module
 from moe_trainer.kernels.packed_attention import packed_attention, takes_packed
+from moe_trainer.train import recompute
 
 BOUNDARIES = torch.tensor([0, 3, 4, 4, 11], dtype=torch.int32)
 TOKENS, HEADS, KV_HEADS, WIDTH, VALUE = 11, 4, 2, 8, 6
@@ -84,6 +87,67 @@ def test_the_operators_take_what_we_give_them(window: int | None) -> None:
         assert out.shape == (TOKENS, HEADS, 8)
         gradients = torch.autograd.grad(out.sum(), inputs[: 3 if given is None else 4])
         assert [gradient.shape for gradient in gradients] == [part.shape for part in inputs[: len(gradients)]]
+
+
+@pytest.mark.parametrize("window", [None, 2])
+def test_documents_of_one_length(monkeypatch: pytest.MonkeyPatch, window: int | None) -> None:
+    """cuDNN's operators are given what they take, too, without values; it has no window."""
+    monkeypatch.setattr(module, "_takes_cudnn", lambda *args: args[-1] is None)
+    like = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    inputs = [torch.empty(shape, **like) for shape in ((6, 4, 16), (6, 2, 16), (6, 2, 8), (4,))]
+    query, key, value, sinks = inputs
+    out = packed_attention(query, key, value, None, 3, window, 0.4, sinks)
+    assert out.shape == (6, 4, 8)
+    gradients = torch.autograd.grad(out.sum(), inputs)
+    assert [gradient.shape for gradient in gradients] == [part.shape for part in inputs]
+
+
+def test_one_length_is_boundaries_that_far_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setattr(module, "_attend", lambda *args: (seen.append(args[3].tolist()), args[0])[1:])
+    query = torch.empty(6, 4, 16)
+    packed_attention(query, query, query, None, 3, None, None)
+    assert seen == [[0, 3, 6]]
+
+
+def cpu_attend(query, key, value, boundaries, longest, window, scale):
+    """By an operator that activation checkpointing keeps, for one document."""
+    rows = (module._batch(part, longest) for part in (query, key, value))
+    out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, True, scale=scale)
+    return module._end_to_end(out), log_sum.transpose(0, 1).flatten(1), torch.zeros(1), torch.zeros(1)
+
+
+def cpu_attend_backward(grad, query, key, value, out, log_sum, boundaries, state, more, longest, window, scale):
+    rows = (module._batch(part, longest) for part in (grad, query, key, value, out))
+    sums = log_sum.unflatten(1, (-1, longest)).transpose(0, 1).contiguous()
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    return tuple(map(module._end_to_end, backward(*rows, sums, 0.0, True, scale=scale)))
+
+
+def test_what_recomputation_has_kept_is_not_scaled_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel's output is kept and given again; the sinks' share is taken off anew."""
+    monkeypatch.setattr(module, "_attend", cpu_attend)
+    monkeypatch.setattr(module, "_attend_backward", cpu_attend_backward)
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 16), *[(16, 16)] * 4, (2,)]
+    given = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+
+    def layer(x, wq, wk, wv, wo, sinks):
+        query, key, value = ((x @ weight).view(6, 2, 8) for weight in (wq, wk, wv))
+        return packed_attention(query, key, value, None, 6, None, None, sinks).flatten(1) @ wo
+
+    def gradients(keeps) -> tuple[torch.Tensor, ...]:
+        leaves = [part.clone().requires_grad_() for part in given]
+        contexts = partial(recompute._contexts, keeps)
+        out = (
+            layer(*leaves) if keeps is None else checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
+        )
+        return torch.autograd.grad(out.square().sum(), leaves)
+
+    expected = gradients(None)
+    for keeps in (recompute._keeps_choices, recompute._keeps_dear):
+        for found, right in zip(gradients(keeps), expected, strict=True):
+            torch.testing.assert_close(found, right)
 
 
 def test_the_kernel_is_for_gpus() -> None:
