@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from moe_trainer.config.choices import DType
 from moe_trainer.config.schema import OptimConfig
 from moe_trainer.kernels.backend import has_kernel
+from moe_trainer.kernels.kept_copy import current_copy, forget_copy
 from moe_trainer.kernels.stochastic_rounding import (
     EXP_AVG_BITS,
     EXP_AVG_SQ_BITS,
@@ -48,6 +49,8 @@ class AdamW(torch.optim.AdamW):
         torch._foreach_mul_([_local(p.grad) for p in parameters], factor)
         self.found_inf = found_inf
         super().step()
+        for parameter in parameters:
+            forget_copy(parameter)  # autograd does not see PyTorch's fused step
 
     def _step_group(self, group: dict, factor: torch.Tensor) -> None:
         from moe_trainer.kernels.gpu import adamw as gpu
@@ -60,7 +63,8 @@ class AdamW(torch.optim.AdamW):
                 weight, grad, exp_avg, exp_avg_sq = map(_local, tensors)
                 assert weight.is_contiguous(), "a shard in pieces"
                 moments = exp_avg, exp_avg_sq, state["step"]
-                gpu.adamw_(weight, grad.contiguous(), *moments, factor, *options, self.random_bits[parameter])
+                more = self.random_bits[parameter], current_copy(parameter)
+                gpu.adamw_(weight, grad.contiguous(), *moments, factor, *options, *more)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -99,6 +103,7 @@ class StoredAdamW(AdamW):
         self.state[stand_in], self.random_bits[stand_in] = moved, self.random_bits[parameter]
         self.param_groups = [{**group, "params": [stand_in]}]
         super().step(factor)
+        forget_copy(parameter)  # the stand-in may have its memory
         del self.state[stand_in], self.random_bits[stand_in]
         homes = parameter.detach(), *(state[name] for name in _MOMENTS)
         self._put_back(parameter, [_local(home) for home in homes], [stand_in.detach(), *map(moved.get, _MOMENTS)])

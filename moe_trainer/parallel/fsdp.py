@@ -14,7 +14,7 @@ from moe_trainer.models.lora import is_adapter
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.router import Router
-from moe_trainer.parallel.compute_copy import compute_copy
+from moe_trainer.parallel.compute_copy import compute_with_copies
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_part
@@ -23,7 +23,9 @@ PRECISE = (RMSNorm, Router)
 """Modules that compute in float32 at least, and keep their weights so."""
 
 
-def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, reshard: bool = False) -> None:
+def shard_over_data(
+    model: nn.Module, meshes: Meshes, precision: Precision, reshard: bool = False, keep_copies: bool = False
+) -> None:
     """Wrap each layer's experts, all norms and routers, each layer's rest, then embedding and head, as groups.
 
     Norms and routers stay in float32 at least: they compute in it anyway, and the sum of their gradients over `tp`
@@ -32,14 +34,20 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, resh
     experts do not. Gradients are summed, not averaged: the loss is divided once by the tokens of the whole batch, so
     experts, which meet the tokens of several data ranks, need no factor of their own. Experts that no other data rank
     holds are left to themselves: FSDP would copy their weights and gradients several times. So is a whole model on
-    one rank where everything is of one type.
+    one rank.
+
+    Args:
+        keep_copies: in the type of the computation, of what is left to itself: from step to step, not from its
+            forward to its backward pass.
     """
     compute = MixedPrecisionPolicy(precision.compute, precision.reduce, cast_forward_inputs=False)
     precise = MixedPrecisionPolicy(precision.precise, precision.reduce, cast_forward_inputs=False)
     dense, expert = meshes.dense_data, meshes.expert_data
     _widen(model, precision.precise)
-    types = {precision.compute, precision.master, precision.reduce, precision.precise}
-    if dist.get_world_size() == 1 and len(types) == 1:
+    if dist.get_world_size() == 1:
+        if {precision.compute, precision.master} != {precision.precise}:
+            for module in without_fsdp(model):
+                compute_with_copies(module, precision.compute, keep_copies)
         return
     alone: set[nn.Parameter] = set()
     for layer in model.modules():
@@ -47,7 +55,8 @@ def shard_over_data(model: nn.Module, meshes: Meshes, precision: Precision, resh
             continue
         for experts in layer.modules():
             if isinstance(experts, Experts) and is_alone(experts, expert):
-                cast_experts(experts, expert, precision.compute)
+                _as_dtensors(experts, expert)
+                compute_with_copies(experts, precision.compute, keep_copies)
                 alone.update(experts.parameters())
             elif isinstance(experts, Experts):
                 placement = expert_shard_dim(experts, expert)
@@ -96,13 +105,26 @@ def is_alone(experts: Experts, mesh: DeviceMesh) -> bool:
     return mesh.size() == 1 and all(split)
 
 
-def cast_experts(experts: Experts, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-    """Compute with copies of the master weights in `dtype`."""
+def without_fsdp(model: nn.Module) -> list[nn.Module]:
+    """Modules whose own weights are computed with copies, once `shard_over_data` has left them to themselves."""
+    is_whole = not isinstance(model, FSDPModule)
+    kinds = nn.Module if is_whole else Experts
+    modules = [module for module in model.modules() if isinstance(module, kinds) and not isinstance(module, PRECISE)]
+    return [module for module in modules if not isinstance(module, FSDPModule) and module._parameters]
+
+
+def managed_by_fsdp(model: nn.Module) -> list[nn.Parameter]:
+    """All others, norms and routers among them."""
+    others = {parameter for module in without_fsdp(model) for parameter in module.parameters(recurse=False)}
+    return [parameter for parameter in model.parameters() if parameter not in others]
+
+
+def _as_dtensors(experts: Experts, mesh: DeviceMesh) -> None:
+    """One kind of parameter for the optimizer."""
     for name, parameter in list(experts.named_parameters(recurse=False)):
-        if not isinstance(parameter, DTensor):  # one kind of parameter for the optimizer
+        if not isinstance(parameter, DTensor):
             sharded = DTensor.from_local(parameter.data, mesh, [Shard(0)] * mesh.ndim, run_check=False)
             setattr(experts, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
-    experts.weights = lambda: {n: compute_copy(p, dtype) for n, p in experts.named_parameters(recurse=False)}
 
 
 def expert_shard_dim(experts: Experts, mesh: DeviceMesh) -> Callable[[nn.Parameter], Shard] | None:

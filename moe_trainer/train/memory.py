@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from moe_trainer.config.choices import DType, Recompute
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import Config
-from moe_trainer.models.moe import Experts
 from moe_trainer.observe.metrics import expert_load
+from moe_trainer.parallel.fsdp import without_fsdp
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.shards import local_part
 
@@ -27,6 +26,8 @@ class States:
     parameters: int
     """Their number, frozen ones included."""
     weights: int
+    copies: int
+    """Of weights in the type of the computation, which are kept."""
     gradients: int
     """With sums in another type that FSDP keeps as long."""
     moments: int
@@ -34,9 +35,9 @@ class States:
     """The moments are in host memory."""
 
     def __str__(self) -> str:
-        on_device = self.weights + self.gradients + (0 if self.is_offloaded else self.moments)
-        parts = {"weights": self.weights, "gradients": self.gradients, "moments": self.moments}
-        each = ", ".join(f"{name} {size / self.parameters:.2g}" for name, size in parts.items())
+        on_device = self.weights + self.copies + self.gradients + (0 if self.is_offloaded else self.moments)
+        parts = {"weights": self.weights, "copies": self.copies, "gradients": self.gradients, "moments": self.moments}
+        each = ", ".join(f"{name} {size / self.parameters:.2g}" for name, size in parts.items() if size)
         where = " in host memory" if self.is_offloaded else ""
         return f"{_size(on_device)} of states, {on_device / self.parameters:.3g} bytes a parameter ({each}{where})"
 
@@ -45,24 +46,32 @@ def states_of(model: nn.Module, cfg: Config, precision: Precision, device: torch
     """Of a model that is sharded over its data axes; it may be on the meta device."""
     data_ranks = cfg.parallel.dp_replicate * cfg.parallel.fsdp
     is_summed = cfg.data.global_batch_size > cfg.data.micro_batch_size * data_ranks
-    # Experts outside FSDP keep what the products of the only micro-batch give: `parallel.compute_copy`.
-    experts = [module for module in model.modules() if isinstance(module, Experts)]
-    alone = {p for module in experts if not isinstance(module, FSDPModule) for p in module.parameters()}
-    weights = gradients = moments = parameters = 0
+    # Outside FSDP a weight keeps what the products of the only micro-batch give: `parallel.compute_copy`.
+    alone = {parameter for module in without_fsdp(model) for parameter in module.parameters(recurse=False)}
+    weights = copies = gradients = moments = parameters = 0
     for parameter in model.parameters():
         number, dtype = local_part(parameter).numel(), parameter.dtype
         parameters += number
         weights += number * dtype.itemsize
+        if parameter in alone and precision.compute.itemsize < dtype.itemsize and keeps_copies(cfg):
+            copies += number * precision.compute.itemsize
         if not parameter.requires_grad:
             continue
         wide = torch.promote_types(dtype, torch.float32)
-        single = precision.compute if parameter in alone and device.type == "cuda" else dtype
+        is_sum = model.is_tied and parameter is model.lm_head.weight  # of its two uses
+        single = precision.compute if parameter in alone and device.type == "cuda" and not is_sum else dtype
         gradients += number * (wide if is_summed else single).itemsize
         if cfg.parallel.dp_replicate > 1 and precision.reduce is not dtype:
             gradients += number * precision.reduce.itemsize  # FSDP keeps the sums over copies until the pass ends
         chosen = cfg.optim.moments_dtype
         moments += 2 * number * (wide if chosen is DType.auto else getattr(torch, chosen.value)).itemsize
-    return States(parameters, weights, gradients, moments, cfg.optim.offload)
+    return States(parameters, weights, copies, gradients, moments, cfg.optim.offload)
+
+
+def keeps_copies(cfg: Config) -> bool:
+    """Whether what FSDP does not manage is cast once a step, by the optimizer; without recomputation every layer's
+    copies are there at the end of the forward pass in any case (docs/decisions/0009)."""
+    return cfg.recompute is Recompute.none
 
 
 def _size(size: int) -> str:

@@ -44,7 +44,7 @@ from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_factor, grad_norm
 from moe_trainer.parallel.compute_copy import widen_gradients
 from moe_trainer.parallel.cross_entropy import IGNORED_LABEL
-from moe_trainer.parallel.fsdp import end_backward, shard_over_data
+from moe_trainer.parallel.fsdp import end_backward, managed_by_fsdp, shard_over_data
 from moe_trainer.parallel.heartbeat import Heartbeat
 from moe_trainer.parallel.initialize import initialize, initialize_adapters
 from moe_trainer.parallel.mesh import build_meshes
@@ -56,7 +56,7 @@ from moe_trainer.train.dump import dump_skipped_step
 from moe_trainer.train.evaluate import build_held_out, evaluate
 from moe_trainer.train.fp8 import compute_in_fp8
 from moe_trainer.train.loss import Losses, LossFn
-from moe_trainer.train.memory import how_to_need_less, out_of_memory_is, states_of
+from moe_trainer.train.memory import how_to_need_less, keeps_copies, out_of_memory_is, states_of
 from moe_trainer.train.recompute import recompute_layers
 from moe_trainer.train.replay import take_twice
 from moe_trainer.train.report import RunReport, StepMetrics
@@ -83,8 +83,10 @@ class Trainer:
         if cfg.compute is Compute.fp8:
             compute_in_fp8(self.model, device)
         recompute_layers(self.model, cfg.recompute)
-        shard_over_data(self.model, self.meshes, self.precision, cfg.parallel.reshard_after_forward)
+        keep_copies = keeps_copies(cfg)
+        shard_over_data(self.model, self.meshes, self.precision, cfg.parallel.reshard_after_forward, keep_copies)
         self.model.to_empty(device=device)
+        self.managed_by_fsdp = managed_by_fsdp(self.model)
         freeze(self.model, cfg.optim.freeze)
         self.loss_fn = LossFn(
             cfg.model.num_experts,
@@ -245,7 +247,7 @@ class Trainer:
             loss.backward()
             end_backward(self.model)
             if self.loader.grad_accum_steps > 1:
-                widen_gradients(self.model.parameters())
+                widen_gradients(self.managed_by_fsdp)
             shares = shares.add(losses)
             if entropy is not None:
                 entropy.add(output.routings, self._routed(micro_batch.labels))

@@ -197,13 +197,14 @@ def encode(model: CausalLM) -> None:
                 local[row, expert] = 3.0
 
 
-def sharded_model(case: Case) -> tuple[CausalLM, LossFn, Meshes]:
+def sharded_model(case: Case, keep_copies: bool = False) -> tuple[CausalLM, LossFn, Meshes]:
     """The model on this rank's mesh, with the values that the plain one has; collective."""
     meshes = build_meshes(case.parallel, case.device)
     reduce = torch.promote_types(case.dtype, torch.float32)
     model, context = build_model(case.model, case.parallel, meshes, case.dtype, case.lora)
     recompute_layers(model, case.recompute)
-    shard_over_data(model, meshes, Precision(case.compute or case.dtype, case.dtype, reduce))
+    precision = Precision(case.compute or case.dtype, case.dtype, reduce)
+    shard_over_data(model, meshes, precision, keep_copies=keep_copies)
     model.to_empty(device=case.device)
     initialize(model, 0, case.model.initializer_range)
     (encode if case.clear_routing else bend)(model)

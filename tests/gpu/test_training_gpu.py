@@ -1,17 +1,20 @@
 """On a GPU: activation checkpointing with fused attention and our kernels, moments in host memory, and weights and
 moments in bfloat16."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from moe_trainer.config.choices import DType, Recompute
+from moe_trainer.config.choices import DType, Family, Recompute
 from moe_trainer.config.schema import LoraConfig, ModelConfig, OptimConfig
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
+from moe_trainer.kernels.kept_copy import current_copy
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.lora import add_adapters
 from moe_trainer.models.registry import FAMILIES
@@ -31,9 +34,13 @@ SHAPE = ModelConfig(
     vocab_size=264, hidden_size=256, intermediate_size=128, num_heads=4, num_kv_heads=2, head_dim=64, num_experts=8
 )
 
+WITH_SINKS = replace(
+    SHAPE, family=Family.gpt_oss, attention_bias=True, sliding_window=128, sliding_layers=[0], num_layers=2
+)
 
-def model_on_gpu(lora: LoraConfig | None = None) -> CausalLM:
-    model = FAMILIES[SHAPE.family].build(SHAPE)
+
+def model_on_gpu(lora: LoraConfig | None = None, shape: ModelConfig = SHAPE) -> CausalLM:
+    model = FAMILIES[shape.family].build(shape)
     if lora is not None:
         add_adapters(model, lora)
     initialize(model, 0, 0.05)
@@ -45,9 +52,9 @@ def loss_of(model: CausalLM) -> torch.Tensor:
     return model(ids).logits.float().square().mean()
 
 
-def gradients(kind: Recompute) -> tuple[dict[str, torch.Tensor], int]:
+def gradients(kind: Recompute, shape: ModelConfig = SHAPE) -> tuple[dict[str, torch.Tensor], int]:
     """And the bytes that the forward pass left behind."""
-    model = model_on_gpu()
+    model = model_on_gpu(shape=shape)
     recompute_layers(model, kind)
     before = torch.cuda.memory_allocated()
     loss = loss_of(model)
@@ -56,12 +63,13 @@ def gradients(kind: Recompute) -> tuple[dict[str, torch.Tensor], int]:
     return {name: parameter.grad for name, parameter in model.named_parameters()}, kept
 
 
-def test_recomputation_changes_no_gradient_and_keeps_less() -> None:
+@pytest.mark.parametrize("shape", (SHAPE, WITH_SINKS), ids=("plain", "sinks"))
+def test_recomputation_changes_no_gradient_and_keeps_less(shape: ModelConfig) -> None:
     """Not to the bit: fused attention sums its gradients in any order."""
-    expected, most = gradients(Recompute.none)
+    expected, most = gradients(Recompute.none, shape)
     kept = {}
     for kind in (Recompute.selective, Recompute.full):
-        found, kept[kind] = gradients(kind)
+        found, kept[kind] = gradients(kind, shape)
         errors = {name: relative_error(found[name], expected[name]) for name in expected}
         assert max(errors.values()) < 1e-2, (kind, errors)
     assert kept[Recompute.full] < kept[Recompute.selective] < most
@@ -75,9 +83,15 @@ def test_recomputation_keeps_the_first_product_of_our_own_kernel(
     """Two products a layer forward, two backward, and those that are made again."""
     from moe_trainer.kernels.gpu import grouped_gemm as gpu_grouped_gemm
 
-    counted: list[torch.Tensor] = []
-    launch = gpu_grouped_gemm._launch
-    monkeypatch.setattr(gpu_grouped_gemm, "_launch", lambda *args: (counted.append(args[1]), launch(*args))[1])
+    counted: list[tuple[int]] = []
+    kernel = gpu_grouped_gemm._multiply
+
+    class Counted:
+        def __getitem__(self, grid: tuple[int]) -> Any:
+            counted.append(grid)
+            return kernel[grid]
+
+    monkeypatch.setattr(gpu_grouped_gemm, "_multiply", Counted())
     gradients(kind)
     assert len(counted) == products * SHAPE.num_layers
 
@@ -169,3 +183,26 @@ def test_eight_bytes_a_parameter_learn_what_sixteen_do(world: int, tmp_path: Pat
     assert rounded[3] == {torch.bfloat16} and summed[3] == {torch.float32}
     print(f"{world} GPUs: {wide[0][-1]:.4f} with {wide[1]:.1f} bytes, {rounded[0][-1]:.4f} with {rounded[1]:.1f}")
     assert rounded[0][-1] < 0.05 and abs(rounded[0][50] - wide[0][50]) < 0.1 * wide[0][0]
+
+
+def copies_after_steps(folder: Path) -> list[dict[str, int]]:
+    """Addresses of the copies that are kept of the weights, after each of three steps."""
+    cfg = validate(compose("train", ["+recipe=qwen3_moe_tiny", "device=cuda", f"run_dir={folder}", *MESHES[1]]), 1, 1)
+    trainer = Trainer(cfg, torch.device("cuda", 0))
+    trainer.start()
+    places = []
+    for _ in range(3):
+        trainer.train_step(trainer.loader.batch(trainer.state.samples).to(trainer.device))
+        copies = {name: current_copy(parameter) for name, parameter in trainer.model.named_parameters()}
+        copies = {name: copy for name, copy in copies.items() if copy is not None}
+        weights = dict(trainer.model.named_parameters())
+        assert all(torch.equal(copy, weights[name].bfloat16()) for name, copy in copies.items())
+        places.append({name: copy.data_ptr() for name, copy in copies.items()})
+    narrow = {n for n in weights if "norm" not in n and "gate.weight" not in n}
+    assert places[0].keys() == narrow, "norms and routers have none"
+    return places
+
+
+def test_the_optimizer_writes_what_the_next_step_computes_with(tmp_path: Path) -> None:
+    first, second, third = run_distributed(copies_after_steps, 1, tmp_path, timeout=120, device="cuda")[0]
+    assert first == second == third

@@ -29,6 +29,7 @@ def adamw_(
     eps: float,
     weight_decay: float,
     random_bits: RandomBits,
+    copy: torch.Tensor | None = None,
 ) -> None:
     """As `optim.adamw.AdamW.step` for one tensor; all four contiguous, of one shape, each float32 or bfloat16. What
     is stored in bfloat16 is rounded to it at random.
@@ -37,6 +38,7 @@ def adamw_(
         step: scalar, the steps taken with this one.
         factor: scalar that multiplies the gradient as it is read; where it is not finite nothing changes.
         random_bits: of these elements.
+        copy: contiguous; becomes the weight, rounded to its type.
     """
     size = weight.numel()
     if size:
@@ -47,6 +49,7 @@ def adamw_(
             grad,
             exp_avg,
             exp_avg_sq,
+            copy,
             step,
             factor,
             lr,
@@ -71,6 +74,7 @@ def _adamw(
     grad,
     exp_avg,
     exp_avg_sq,
+    copy,
     step,
     factor,
     lr,
@@ -112,6 +116,8 @@ def _adamw(
             place = row // rows * outer_stride + row % rows * row_stride + at % run
         bits = _mix((place + start) * _GAMMA + _mix(count.to(tl.int64) * 4294967296 + tag))
         _store(weight + at, w, bits, inside)
+        if copy is not None:
+            tl.store(copy + at, w.to(copy.dtype.element_ty), mask=inside)
         _store(exp_avg + at, m, bits >> _EXP_AVG_BITS, inside)
         _store(exp_avg_sq + at, v, bits >> _EXP_AVG_SQ_BITS, inside)
 

@@ -10,8 +10,9 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_trainer.models.linear import Embedding, Linear
 from moe_trainer.parallel import compute_copy as module
-from moe_trainer.parallel.compute_copy import compute_copy
+from moe_trainer.parallel.compute_copy import compute_copy, compute_with_copies
 from moe_trainer.testing.pool import run_distributed
 
 
@@ -81,3 +82,44 @@ def outlives_its_use() -> bool:
 
 def test_only_who_needs_the_copy_keeps_it() -> None:
     assert run_distributed(outlives_its_use, 1) == [False]
+
+
+class Broken(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        assert self.weight.dtype is torch.bfloat16
+        raise KeyError("in the middle")
+
+
+def test_a_module_has_its_own_weights_again() -> None:
+    """Also after a forward pass that ends early, as a repeated one of activation checkpointing does."""
+    module = Broken()
+    compute_with_copies(module, torch.bfloat16, keep=True)
+    weight = module.weight
+    with pytest.raises(KeyError):
+        module(torch.ones(3))
+    assert module.weight is weight and dict(module.named_parameters()) == {"weight": weight}
+
+
+@pytest.mark.parametrize("keep", (False, True))
+def test_a_weight_that_two_modules_share(keep: bool) -> None:
+    """Its gradient is the sum of both, in float32; a bias and adapters are cast too, a frozen one has none."""
+    embedding, head = Embedding(5, 4), Linear(4, 5, bias=True)
+    for parameter in (embedding.weight, head.bias):
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    head.weight = embedding.weight
+    head.bias.requires_grad_(False)
+    for leaf in (embedding, head):
+        compute_with_copies(leaf, torch.bfloat16, keep)
+    ids = torch.tensor([[0, 3, 3]])
+    grad = torch.randn(1, 3, 5, generator=torch.Generator().manual_seed(1)).bfloat16()
+    head(embedding(ids)).backward(grad)
+
+    rows, columns = (embedding.weight.detach().bfloat16().requires_grad_() for _ in range(2))
+    out = nn.functional.linear(nn.functional.embedding(ids, rows), columns, head.bias.bfloat16())
+    parts = torch.autograd.grad(out, (rows, columns), grad)
+    assert head.bias.grad is None and head.weight is embedding.weight
+    assert torch.equal(head.weight.grad, parts[0].float() + parts[1].float())
