@@ -1,9 +1,9 @@
 """Dense feed-forward layers."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
+from moe_trainer.kernels.silu_mul import silu_mul
 from moe_trainer.models.linear import Linear
 
 
@@ -18,4 +18,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., hidden] -> [..., hidden]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(silu_mul(self.gate_proj(x), self.up_proj(x)))

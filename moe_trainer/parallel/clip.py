@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from moe_trainer.kernels.sum_of_squares import sum_of_squares
 from moe_trainer.parallel.shards import local_part
 
 
@@ -22,16 +23,10 @@ def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:
     for parameter in parameters:
         if parameter.grad is not None:
             groups[parameter.grad.dtype, _copies(parameter)].append(local_part(parameter.grad))
-    total = torch.stack([_sum_of_squares(grads) / copies for (_, copies), grads in groups.items()]).sum()
+    total = torch.stack([sum_of_squares(grads) / copies for (_, copies), grads in groups.items()]).sum()
     if dist.is_initialized():
         dist.all_reduce(total)
     return total.sqrt()
-
-
-def _sum_of_squares(tensors: list[torch.Tensor]) -> torch.Tensor:
-    """Of tensors of one type, in float32 at least."""
-    wide = torch.promote_types(tensors[0].dtype, torch.float32)
-    return torch.stack(torch._foreach_norm(tensors, dtype=wide)).square().sum()
 
 
 def clip_factor(norm: torch.Tensor, max_norm: float | torch.Tensor) -> torch.Tensor:

@@ -13,13 +13,15 @@ import torch.nn.functional as F
 from moe_trainer.config.choices import Family
 from moe_trainer.config.schema import RopeConfig
 from moe_trainer.config.store import compose
-from moe_trainer.kernels import cross_entropy, experts, grouped_gemm, norm, permute, rope
+from moe_trainer.kernels import cross_entropy, experts, grouped_gemm, latent_heads, norm, permute, rope, silu_mul
 from moe_trainer.kernels.permute import Routes, sort_by_expert, sum_pairs
 from moe_trainer.kernels.quantize import FP8, quantize
 from moe_trainer.kernels.router_gemm import router_logits
 from moe_trainer.kernels.stochastic_rounding import RandomBits, round_stochastically
+from moe_trainer.models.deepseek_v3 import model as deepseek
+from moe_trainer.models.deepseek_v3.model import LatentAttention
 from moe_trainer.models.registry import FAMILIES
-from moe_trainer.models.rope import rotation
+from moe_trainer.models.rope import Rotation, rotation
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.testing.compare import relative_error
 from moe_trainer.train.loss import LossFn
@@ -29,6 +31,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not (torch.cuda.is_available() or INTERPRETED):
     pytest.skip("needs a GPU, or TRITON_INTERPRET=1", allow_module_level=True)
 
+from moe_trainer.kernels.gpu import accumulate as gpu_accumulate  # noqa: E402
 from moe_trainer.kernels.gpu import adamw as gpu_adamw  # noqa: E402
 from moe_trainer.kernels.gpu import cross_entropy as gpu_cross_entropy  # noqa: E402
 from moe_trainer.kernels.gpu import fp8 as gpu_fp8  # noqa: E402
@@ -37,7 +40,9 @@ from moe_trainer.kernels.gpu import norm as gpu_norm  # noqa: E402
 from moe_trainer.kernels.gpu import normal as gpu_normal  # noqa: E402
 from moe_trainer.kernels.gpu import rope as gpu_rope  # noqa: E402
 from moe_trainer.kernels.gpu import rows as gpu_rows  # noqa: E402
+from moe_trainer.kernels.gpu import silu_mul as gpu_silu_mul  # noqa: E402
 from moe_trainer.kernels.gpu import sort as gpu_sort  # noqa: E402
+from moe_trainer.kernels.gpu import sum_of_squares as gpu_sum_of_squares  # noqa: E402
 from moe_trainer.kernels.gpu import swiglu as gpu_swiglu  # noqa: E402
 
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -183,23 +188,70 @@ def test_which_products_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(taken) == 3
 
 
+@pytest.mark.parametrize("clamp", (None, experts.Clamp(1.7, 0.9)), ids=("plain", "clamped"))
 @pytest.mark.parametrize("width", (8, 100, 1500))
-def test_swiglu(dtype: torch.dtype, width: int) -> None:
+def test_swiglu(dtype: torch.dtype, width: int, clamp: experts.Clamp | None) -> None:
+    """Clamped, also with a bias."""
     sort = routes()
     end = int(sort.offsets[-1])
     gate_up, grad = values(dtype, TOKENS * TOP_K, 2 * width), values(dtype, TOKENS * TOP_K, width)
     weights = values(torch.float32, TOKENS, TOP_K).sigmoid()
+    bias = None if clamp is None else values(dtype, NUM_EXPERTS, 2 * width)
+    of_rows = None if bias is None else grouped_gemm.expert_of_rows(len(gate_up), sort.offsets)
+    more, exact_more = (bias, of_rows, clamp), (None if bias is None else bias.cpu().double(), clamp)
     exact_sort = Routes(*(t.cpu() for t in sort[:3]), TOP_K)
     exact = [t.cpu().double() for t in (gate_up, grad, weights)]
-    ours = gpu_swiglu.swiglu(gate_up, weights, sort.order, sort.offsets[-1:])
-    close(ours[:end], experts.swiglu(exact[0], exact[2], exact_sort)[:end].to(DEVICE))
-    ours = gpu_swiglu.swiglu_backward(gate_up, grad, weights, sort.order, sort.offsets[-1:])
-    theirs = experts.swiglu_backward(*exact, exact_sort)
+    ours = gpu_swiglu.swiglu(gate_up, weights, sort.order, sort.offsets[-1:], *more)
+    close(ours[:end], experts.swiglu(exact[0], exact[2], exact_sort, *exact_more)[:end].to(DEVICE))
+    ours = gpu_swiglu.swiglu_backward(gate_up, grad, weights, sort.order, sort.offsets[-1:], *more)
+    theirs = experts.swiglu_backward(*exact, exact_sort, *exact_more)
     close(ours[0][:end], theirs[0][:end].to(DEVICE))
     close(ours[1][:end], theirs[1][:end].to(DEVICE))
     torch.testing.assert_close(
         ours[2].view_as(weights), theirs[2].to(DEVICE, torch.float32), rtol=1e-5, atol=1e-5 * width**0.5
     )
+
+
+def test_swiglu_of_what_is_no_number() -> None:
+    """Clamping does not make a number of it, forward or backward."""
+    sort, clamp = routes(), experts.Clamp(1.7, 0.9)
+    gate_up, grad = values(torch.float32, TOKENS * TOP_K, 16), values(torch.float32, TOKENS * TOP_K, 8)
+    weights = values(torch.float32, TOKENS, TOP_K).sigmoid()
+    gate_up[0, 3], gate_up[1, 3], gate_up[1, 8 + 3] = float("nan"), 0.5, float("nan")
+    given = weights, sort.order, sort.offsets[-1:], None, None, clamp
+    assert gpu_swiglu.swiglu(gate_up, *given)[:2, 3].isnan().all()
+    assert gpu_swiglu.swiglu_backward(gate_up, grad, *given)[0][:2, 3].isnan().all()
+
+
+@pytest.mark.parametrize("shape", ((5, 3, 100), (1, 5000), (0, 4)))
+def test_silu_mul(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    gate, up, grad = (values(dtype, *shape, seed=seed) for seed in range(3))
+    exact_inputs = [t.double().requires_grad_() for t in (gate, up)]
+    exact = F.silu(exact_inputs[0]) * exact_inputs[1]
+    close(gpu_silu_mul.silu_mul(gate, up), exact)
+    ours = gpu_silu_mul.silu_mul_backward(grad, gate, up)
+    for mine, other in zip(ours, torch.autograd.grad(exact, exact_inputs, grad.double()), strict=True):
+        close(mine, other)
+
+
+@pytest.mark.parametrize("shape", ((0,), (3, 5), (70, 300)))
+def test_accumulate(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """A first gradient of the type, and a second one; then a third in the memory of the sum."""
+    first, second, third = (values(dtype, *shape, seed=seed) for seed in range(3))
+    total = torch.empty(shape, device=DEVICE)
+    gpu_accumulate.add(first, second, total)
+    assert torch.equal(total, first.float() + second.float())
+    gpu_accumulate.add(total, third, total)
+    assert torch.equal(total, first.float() + second.float() + third.float())
+
+
+def test_sum_of_squares(dtype: torch.dtype) -> None:
+    """Small, empty and large tensors; a value that is none, or too large, shows."""
+    tensors = [values(dtype, *shape) for shape in ((3,), (0, 5), (1,), (70, 300), (8192,))]
+    exact = sum(tensor.double().square().sum() for tensor in tensors)
+    torch.testing.assert_close(gpu_sum_of_squares.sum_of_squares(tensors).double(), exact, rtol=1e-5, atol=0)
+    for bad in (float("nan"), float("inf"), 1e30):
+        assert not gpu_sum_of_squares.sum_of_squares([*tensors, tensors[0] * bad]).isfinite()
 
 
 @pytest.mark.parametrize("shape", ((33, 100), (300, 16), (7, 2048), (5, 5000)))
@@ -242,6 +294,33 @@ def test_rope(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     close(gpu_rope.rotate(grad, *turn, inverse=True), exact_grad.to(DEVICE))
 
 
+@pytest.mark.parametrize("interleave", (False, True))
+@pytest.mark.parametrize("sizes", ((3, 24, 8, 16), (16, 128, 64, 128), (1, 16, 6, 40)), ids=str)
+def test_latent_heads(
+    dtype: torch.dtype, sizes: tuple[int, ...], interleave: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two rows of seven positions; the shared key is a part of a wider tensor. Against the model's plain formulas."""
+    heads, nope, rope_dim, value = sizes
+    layer = LatentAttention.__new__(LatentAttention)
+    torch.nn.Module.__init__(layer)
+    layer.nope_dim, layer.rope_dim, layer.value_dim, layer.rope_interleave = nope, rope_dim, value, interleave
+    turn = rotation(torch.arange(7, device=DEVICE), rope_dim, RopeConfig(), dtype)
+    wide = values(dtype, 2, 7, 5 + rope_dim)
+    inputs = values(dtype, 2, 7, heads, nope + rope_dim), values(dtype, 2, 7, heads, nope + value), wide
+    inputs = [part.requires_grad_() for part in inputs]
+    exact_inputs = [part.detach().cpu().double().requires_grad_() for part in inputs]
+    monkeypatch.setattr(deepseek, "has_latent_kernel", lambda query, cos: query.dtype is dtype)
+    ours = layer.heads(*inputs[:2], inputs[2][..., 5:], turn)
+    exact_turn = Rotation(turn.cos.cpu().double(), turn.sin.cpu().double())
+    exact = layer.heads(*exact_inputs[:2], exact_inputs[2][..., 5:], exact_turn)
+    grads = [values(dtype, *part.shape, seed=seed) for seed, part in enumerate(exact)]
+    for mine, other in zip(ours, exact, strict=True):
+        close(mine, other.to(DEVICE))
+    theirs = torch.autograd.grad(exact, exact_inputs, [grad.cpu().double() for grad in grads])
+    for mine, other in zip(torch.autograd.grad(ours, inputs, grads), theirs, strict=True):
+        close(mine, other.to(DEVICE))
+
+
 @pytest.mark.parametrize("vocab", (50, 9000))
 def test_cross_entropy(dtype: torch.dtype, vocab: int) -> None:
     logits = 3 * values(dtype, 9, vocab)
@@ -255,6 +334,16 @@ def test_cross_entropy(dtype: torch.dtype, vocab: int) -> None:
     normalizer = (exact[0] + exact[1].log()).to(DEVICE)
     theirs = cross_entropy.gradient_(logits.cpu().double(), labels.cpu(), normalizer.cpu(), scale.cpu().double())
     close(gpu_cross_entropy.gradient_(logits.clone(), labels, normalizer.float(), scale), theirs.to(DEVICE))
+
+
+def test_cross_entropy_of_what_is_no_number() -> None:
+    """In one place, or everywhere, in a vocabulary of one block and a part: it is not lost."""
+    logits = values(torch.float32, 4, 5000)
+    logits[0, 4999], logits[1, 7], logits[2] = float("nan"), float("nan"), float("nan")
+    logits[3, :4990] = float("-inf")
+    highest, total, _ = gpu_cross_entropy.statistics(logits, torch.zeros(4, dtype=torch.int64, device=DEVICE))
+    assert total[:3].isnan().all()
+    torch.testing.assert_close(highest[3] + total[3].log(), logits[3].logsumexp(0))
 
 
 @pytest.mark.parametrize("width", (16, 100, 5000))
@@ -301,7 +390,7 @@ def whole(size: int, name: str = "weight") -> RandomBits:
 
 @pytest.mark.parametrize("size", (5, 10000))
 def test_adamw(size: int) -> None:
-    """Three steps, the second of them skipped."""
+    """Three steps, the second of them skipped; the copy is the weight, rounded."""
     weight, exp_avg, exp_avg_sq = (
         values(torch.float32, size),
         torch.zeros(size).to(DEVICE),
@@ -310,13 +399,16 @@ def test_adamw(size: int) -> None:
     exact = weight.double().requires_grad_()
     options = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.3}
     reference = torch.optim.AdamW([exact], **options)
-    taken = torch.zeros((), device=DEVICE)
+    taken, copy = torch.zeros((), device=DEVICE), weight.bfloat16()
     for number, factor in enumerate((0.5, float("nan"), 2.0)):
         grad = values(torch.float32, size, seed=number)
         is_finite = factor == factor
         taken += is_finite
         scale = torch.tensor(factor, device=DEVICE)
-        gpu_adamw.adamw_(weight, grad, exp_avg, exp_avg_sq, taken, scale, *options.values(), whole(size))
+        gpu_adamw.adamw_(weight, grad, exp_avg, exp_avg_sq, taken, scale, *options.values(), whole(size), copy)
+        if not INTERPRETED:  # which cuts off instead
+            assert torch.equal(copy, weight.bfloat16())
+        torch.testing.assert_close(copy.float(), weight, rtol=2**-7, atol=0)
         if is_finite:
             exact.grad = factor * grad.double()
             reference.step()
@@ -441,7 +533,7 @@ def test_every_family_through_the_kernels(family: Family, monkeypatch: pytest.Mo
     expected = compute("cpu")
     calls = []
     if INTERPRETED:
-        for module in (norm, rope, experts, permute, cross_entropy):
+        for module in (norm, rope, experts, permute, cross_entropy, silu_mul, latent_heads):
             monkeypatch.setattr(module, "has_kernel", lambda x: not calls.append(1))
     actual = compute(DEVICE)
     assert calls or not INTERPRETED

@@ -32,18 +32,19 @@ def gradient_(
 def _statistics(logits, labels, highest, total, at_label, vocab: tl.constexpr, BLOCK: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     row = logits + token * vocab
-    peak = tl.full((BLOCK,), float("-inf"), tl.float32)
+    # One maximum for the whole block: a maximum for each lane would take two exponentials a value, not one.
+    peak = tl.full((), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, vocab, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         value = tl.load(row + columns, mask=columns < vocab, other=float("-inf")).to(tl.float32)
-        higher = tl.maximum(peak, value, propagate_nan=tl.PropagateNan.ALL)  # not to lose it
-        # A lane past the end of a short vocabulary has seen nothing: -inf minus -inf is no number.
-        mass = tl.where(higher == float("-inf"), 0.0, mass * tl.exp(peak - higher) + tl.exp(value - higher))
+        higher = tl.maximum(peak, tl.max(value, 0))
+        # -inf minus -inf is no number; a value that is none stays in the sum.
+        mass *= tl.where(peak == higher, 1.0, tl.exp(peak - higher))
+        mass += tl.where(value == float("-inf"), 0.0, tl.exp(value - higher))
         peak = higher
-    top = tl.max(peak, 0)
-    tl.store(highest + token, top)
-    tl.store(total + token, tl.sum(tl.where(peak == float("-inf"), 0.0, mass * tl.exp(peak - top)), 0))
+    tl.store(highest + token, peak)
+    tl.store(total + token, tl.sum(mass, 0))
     label = tl.load(labels + token)
     known = (label >= 0) & (label < vocab)
     tl.store(at_label + token, tl.load(row + label, mask=known, other=0.0).to(tl.float32))

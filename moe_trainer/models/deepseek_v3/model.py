@@ -5,6 +5,7 @@ from torch import nn
 
 from moe_trainer.config.choices import RopeType
 from moe_trainer.config.schema import ModelConfig
+from moe_trainer.kernels.latent_heads import has_latent_kernel, latent_heads
 from moe_trainer.models.attention import KVCache, attend, attend_documents
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
 from moe_trainer.models.documents import Documents
@@ -50,29 +51,38 @@ class LatentAttention(nn.Module):
     ) -> torch.Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
         projected = self.q_proj(x) if hasattr(self, "q_proj") else self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x)))
-        query = projected.unflatten(-1, (-1, self.nope_dim + self.rope_dim)).transpose(1, 2)
-        query = torch.cat((query[..., : self.nope_dim], self._rotate(query[..., self.nope_dim :], rope)), dim=-1)
-
+        projected = projected.unflatten(-1, (-1, self.nope_dim + self.rope_dim))
         latent, shared_key = self.kv_a_proj(x).split((self.kv_rank, self.rope_dim), dim=-1)
         key_value = self.kv_b_proj(self.kv_a_layernorm(latent))
-        key_value = key_value.unflatten(-1, (-1, self.nope_dim + self.value_dim)).transpose(1, 2)
-        key, value = key_value.split((self.nope_dim, self.value_dim), dim=-1)
-        shared_key = self._rotate(shared_key.unsqueeze(1), rope)  # [batch, 1, seq, rope_dim]
-        key = torch.cat((key, shared_key.expand(-1, key.shape[1], -1, -1)), dim=-1)
-        mask = None
-        if cache is not None:
-            mask = cache.mask(None)
-            key, value = cache.append(self.layer, key, value)
-        if documents is not None:
+        key_value = key_value.unflatten(-1, (-1, self.nope_dim + self.value_dim))
+        query, key, value = (part.transpose(1, 2) for part in self.heads(projected, key_value, shared_key, rope))
+        if cache is None:
             out = attend_documents(query, key, value, documents, None, self.score_scale)
         else:
-            out = attend(query, key, value, mask, self.score_scale)
+            mask = cache.mask(None)
+            out = attend(query, *cache.append(self.layer, key, value), mask, self.score_scale)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
+    def heads(
+        self, query: torch.Tensor, key_value: torch.Tensor, shared_key: torch.Tensor, rope: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Queries, keys and values [batch, seq, heads, width] from query [batch, seq, heads, nope + rope], key_value
+        [batch, seq, heads, nope + value] and the rotary key [batch, seq, rope]."""
+        if has_latent_kernel(query, rope.cos):
+            batch = query.shape[0]
+            rows = (part.flatten(0, 1) for part in (query, key_value, shared_key))
+            made = latent_heads(*rows, *rope, self.rope_interleave)
+            return tuple(part.unflatten(0, (batch, -1)) for part in made)
+        plain, turned = query.split((self.nope_dim, self.rope_dim), dim=-1)
+        key, value = key_value.split((self.nope_dim, self.value_dim), dim=-1)
+        shared_key = self._rotate(shared_key.unsqueeze(2), rope).expand(-1, -1, key.shape[2], -1)
+        return torch.cat((plain, self._rotate(turned, rope)), -1), torch.cat((key, shared_key), -1), value
+
     def _rotate(self, x: torch.Tensor, rope: Rotation) -> torch.Tensor:
+        """[batch, seq, heads, rope]."""
         if self.rope_interleave:  # (0, 1), (2, 3), ... -> the half-split layout; scores do not mind the order
             x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
-        return rotate(x, rope)
+        return rotate(x.transpose(1, 2), rope).transpose(1, 2)
 
 
 def build_deepseek_v3(cfg: ModelConfig) -> CausalLM:
