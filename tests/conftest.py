@@ -1,11 +1,14 @@
 """What holds for all tests, in each of the processes that share them."""
 
 import os
+import signal
 
 import pytest
 
 # The models are small, and several processes at work share the cores with their ranks.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Under nohup nobody would hear the hang-ups that are tested.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.hookimpl(tryfirst=True)

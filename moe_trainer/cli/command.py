@@ -33,7 +33,12 @@ def run_command(name: str, body: Callable[[], int]) -> int:
     else:
         signal.signal(signal.SIGTERM, _leave)
     try:
-        return body()
+        code = body()
+        if was_launched():
+            # All is written and closed. What Python takes apart from here on can still abort a rank of a good run:
+            # now and then a thread of PyTorch's runs on.
+            _end_at_once(code)
+        return code
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -75,9 +80,13 @@ def _leave_others_alone(code: int) -> None:
     gloo's threads abort a process that unloads them while its group is in a collective, and NCCL waits for the rest.
     """
     if _is_in_a_group():
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        _end_at_once(code)
+
+
+def _end_at_once(code: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _is_in_a_group() -> bool:

@@ -52,6 +52,13 @@ def die_once_in_a_group(folder: Path, rank: str) -> None:
         dist.all_reduce(torch.ones(1))
 
 
+class AbortsAtTheEnd:
+    """When Python takes its modules apart, as PyTorch's threads now and then do."""
+
+    def __del__(self) -> None:
+        os.abort()
+
+
 def meet(folder: Path, rank: str) -> None:
     """Leave this rank's id and wait for the other's."""
     written = folder / f".rank{rank}"
@@ -62,7 +69,7 @@ def meet(folder: Path, rank: str) -> None:
 
 
 def behave(folder: Path, mode: str, rank: str) -> int:
-    """Play one part: ends well, sleeps, ignores signals, makes a mistake, crashes or is killed."""
+    """Play one part: ends well (or nearly), sleeps, ignores signals, makes a mistake, crashes or is killed."""
     if mode == "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
     meet(folder, rank)
@@ -79,6 +86,10 @@ def behave(folder: Path, mode: str, rank: str) -> int:
         return 0
     if mode == "killed" and rank == "1":
         os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "well_but_for_the_end":
+        sys.modules["aborts_at_the_end"] = AbortsAtTheEnd()
+        print("done" if rank == "1" else "", end="")
+        return 0
     if mode != "well":
         time.sleep(60)
     return 0

@@ -52,14 +52,16 @@ def wait_until_gone(pids: list[int], seconds: float) -> bool:
     ("mode", "code", "stderr"),
     [
         ("well", 0, ""),
+        ("well_but_for_the_end", 0, ""),
         ("mistake", 2, "moe-dummy: data.path=x: no such file\n"),
         ("killed", 1, "rank 1 was killed by SIGKILL; the other ranks were ended\n"),
     ],
 )
 def test_exit_code_and_one_line(tmp_path: Path, mode: str, code: int, stderr: str) -> None:
     command = start(tmp_path, mode)
-    _, said = command.communicate(timeout=240)
+    printed, said = command.communicate(timeout=240)
     assert (command.returncode, said) == (code, stderr)
+    assert printed == ("done" if mode == "well_but_for_the_end" else "")
     assert wait_until_gone(ranks_of(tmp_path), 1)
 
 
