@@ -15,6 +15,7 @@ from moe_trainer.checkpoint.decode import read_decoded, stored_as
 from moe_trainer.checkpoint.sharded import refuse_interleaved
 from moe_trainer.checkpoint.stored import SafetensorsFile, read_block
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.keymap import (
     UNREAD,
     Encoding,
@@ -26,7 +27,7 @@ from moe_trainer.models.keymap import (
     target_box,
     volume,
 )
-from moe_trainer.parallel.shards import Box, local_box, local_part
+from moe_trainer.parallel.shards import Box, local_box
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 _TWIN_ROWS = 1024

@@ -31,8 +31,9 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from moe_trainer.checkpoint.agreement import agreed, is_distributed
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.observe.log import get_logger
-from moe_trainer.parallel.shards import Box, local_box, local_part
+from moe_trainer.parallel.shards import Box, local_box
 
 _logger = get_logger(__name__)
 

@@ -7,11 +7,11 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
 from moe_trainer.config.choices import Quantization
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.kernels.quantize import Quantized, quantize, quantized_grouped_linear, quantized_linear
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.linear import Linear
 from moe_trainer.models.moe import Experts
-from moe_trainer.parallel.shards import local_part
 
 _DTYPES = {Quantization.int8: torch.int8, Quantization.fp8: torch.float8_e4m3fn}
 

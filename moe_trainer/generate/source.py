@@ -23,9 +23,10 @@ from moe_trainer.config.files import read_object
 from moe_trainer.config.schema import ModelConfig
 from moe_trainer.data.tokenizer import end_of_text_id, load_tokenizer
 from moe_trainer.generate.sampling import GREEDY, Sampling
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.hub import model_config_from_hf
 from moe_trainer.models.registry import FAMILIES
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.shards import local_box
 
 _PREFIX = "model."
 

@@ -6,7 +6,8 @@ writes to a weight by PyTorch need not know: a copy is of the weight's version i
 """
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from moe_trainer.kernels.local_part import local_part
 
 _NAME = "_moe_trainer_copy"
 
@@ -16,7 +17,7 @@ def kept_copy(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
     Kept are narrower ones alone: a wide copy of a weight that is rounded at random would say more than the weight.
     """
-    local = _local(weight)
+    local = local_part(weight)
     if local.dtype.itemsize <= dtype.itemsize or torch.is_inference_mode_enabled():
         return local.to(dtype)
     copy = current_copy(weight)
@@ -41,11 +42,7 @@ def forget_copy(weight: torch.Tensor) -> None:
         delattr(weight, _NAME)
 
 
-def _local(weight: torch.Tensor) -> torch.Tensor:
-    return (weight.to_local() if isinstance(weight, DTensor) else weight).detach()
-
-
 def _age(weight: torch.Tensor) -> tuple[int, ...]:
     """Changes with every write by PyTorch, through the DTensor or to its local tensor."""
-    local = _local(weight)
+    local = local_part(weight)
     return weight._version, local._version, local.data_ptr()

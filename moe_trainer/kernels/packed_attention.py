@@ -101,11 +101,11 @@ def _attend(
     Without boundaries by cuDNN.
     """
     if boundaries is None:
-        rows = (_batch(part, longest) for part in (query, key, value))
+        rows = (batched(part, longest) for part in (query, key, value))
         out, log_sum, *_, seed, offset, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
             *rows, None, True, is_causal=True, scale=scale
         )
-        return _end_to_end(out), log_sum.squeeze(-1).transpose(0, 1).flatten(1), seed, offset
+        return end_to_end(out), log_sum.squeeze(-1).transpose(0, 1).flatten(1), seed, offset
     return torch.ops.aten._flash_attention_forward(
         query,
         key,
@@ -138,13 +138,13 @@ def _attend_backward(
 ) -> tuple[torch.Tensor, ...]:
     """Gradients of query, key and value."""
     if boundaries is None:
-        rows = (_batch(part, longest) for part in (grad, query, key, value, out))
+        rows = (batched(part, longest) for part in (grad, query, key, value, out))
         sums = log_sum.unflatten(1, (-1, longest)).transpose(0, 1).unsqueeze(-1).contiguous()
         lengths = None, None, longest, longest
         gradients = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *rows, sums, rng_state, rng_more, None, *lengths, 0.0, True, scale=scale
         )
-        return tuple(map(_end_to_end, gradients))
+        return tuple(map(end_to_end, gradients))
     return torch.ops.aten._flash_attention_backward(
         grad.contiguous(),
         query,
@@ -172,17 +172,17 @@ def _takes_cudnn(
     deterministic run."""
     if window is not None or not query.is_cuda or torch.cuda.get_device_capability(query.device) < (9, 0):
         return False
-    rows = (_batch(part, length) for part in (query, key, value))
+    rows = (batched(part, length) for part in (query, key, value))
     parameters = torch.backends.cuda.SDPAParams(*rows, None, 0.0, True, query.shape[1] != key.shape[1])
     return torch.backends.cuda.cudnn_sdp_enabled() and torch.backends.cuda.can_use_cudnn_attention(parameters)
 
 
-def _batch(x: torch.Tensor, length: int) -> torch.Tensor:
+def batched(x: torch.Tensor, length: int) -> torch.Tensor:
     """[documents * length, heads, width] -> [documents, heads, length, width]."""
     return x.unflatten(0, (-1, length)).transpose(1, 2)
 
 
-def _end_to_end(x: torch.Tensor) -> torch.Tensor:
+def end_to_end(x: torch.Tensor) -> torch.Tensor:
     """[documents, heads, length, width] -> [documents * length, heads, width]."""
     return x.transpose(1, 2).flatten(0, 1)
 

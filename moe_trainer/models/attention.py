@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_trainer.kernels.packed_attention import packed_attention, takes_packed
+from moe_trainer.kernels.packed_attention import batched, end_to_end, packed_attention, takes_packed
 from moe_trainer.models.documents import Documents
 from moe_trainer.models.linear import Linear
 from moe_trainer.models.rope import Rotation, rotate
@@ -201,13 +201,12 @@ def attend_packed(
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`attend_documents` by `packed_attention`, the rows of the batch laid end to end."""
-    batch, _, seq, _ = query.shape
-    rows = [part.transpose(1, 2).flatten(0, 1) for part in (query, key, value)]  # [batch * seq, heads, head_dim]
+    seq = query.shape[2]
+    rows = [end_to_end(part) for part in (query, key, value)]  # [batch * seq, heads, head_dim]
     if documents is None and window is not None and seq <= window:
         window = None
     boundaries = None if documents is None else documents.boundaries
-    out = packed_attention(*rows, boundaries, seq, window, scale, sinks)
-    return out.unflatten(0, (batch, seq)).transpose(1, 2)
+    return batched(packed_attention(*rows, boundaries, seq, window, scale, sinks), seq)
 
 
 def whole_mask(query: torch.Tensor, documents: Documents | None, window: int | None) -> torch.Tensor | None:

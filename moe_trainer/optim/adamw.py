@@ -10,6 +10,7 @@ from moe_trainer.config.choices import DType
 from moe_trainer.config.schema import OptimConfig
 from moe_trainer.kernels.backend import has_kernel
 from moe_trainer.kernels.kept_copy import current_copy, forget_copy
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.kernels.stochastic_rounding import (
     EXP_AVG_BITS,
     EXP_AVG_SQ_BITS,
@@ -46,7 +47,7 @@ class AdamW(torch.optim.AdamW):
             for group in self.param_groups:
                 self._step_group(group, factor)
             return
-        torch._foreach_mul_([_local(p.grad) for p in parameters], factor)
+        torch._foreach_mul_([local_part(p.grad) for p in parameters], factor)
         self.found_inf = found_inf
         super().step()
         for parameter in parameters:
@@ -60,15 +61,11 @@ class AdamW(torch.optim.AdamW):
             if parameter.grad is not None:
                 state = self.state[parameter]
                 tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-                weight, grad, exp_avg, exp_avg_sq = map(_local, tensors)
+                weight, grad, exp_avg, exp_avg_sq = map(local_part, tensors)
                 assert weight.is_contiguous(), "a shard in pieces"
                 moments = exp_avg, exp_avg_sq, state["step"]
                 more = self.random_bits[parameter], current_copy(parameter)
                 gpu.adamw_(weight, grad.contiguous(), *moments, factor, *options, *more)
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class StoredAdamW(AdamW):
@@ -92,7 +89,7 @@ class StoredAdamW(AdamW):
 
     def _step_by_stand_in(self, parameter: nn.Parameter, group: dict, factor: torch.Tensor) -> None:
         def at_hand(tensor: torch.Tensor) -> torch.Tensor:
-            here = _local(tensor).to(parameter.device, non_blocking=True)
+            here = local_part(tensor).to(parameter.device, non_blocking=True)
             return here if has_kernel(parameter) else here.to(_at_least_float32(here.dtype))
 
         state = self.state[parameter]
@@ -106,7 +103,9 @@ class StoredAdamW(AdamW):
         forget_copy(parameter)  # the stand-in may have its memory
         del self.state[stand_in], self.random_bits[stand_in]
         homes = parameter.detach(), *(state[name] for name in _MOMENTS)
-        self._put_back(parameter, [_local(home) for home in homes], [stand_in.detach(), *map(moved.get, _MOMENTS)])
+        self._put_back(
+            parameter, [local_part(home) for home in homes], [stand_in.detach(), *map(moved.get, _MOMENTS)]
+        )
 
     def _put_back(
         self, parameter: nn.Parameter, homes: Sequence[torch.Tensor], values: Sequence[torch.Tensor]
@@ -196,7 +195,7 @@ def _random_bits(
 ) -> RandomBits:
     if box_of is not None:
         return RandomBits.of(name, parameter.shape, box_of(parameter))
-    shape = _local(parameter).shape
+    shape = local_part(parameter).shape
     return RandomBits.of(name, shape, [slice(0, size) for size in shape])
 
 

@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor, Replicate
 
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.kernels.sum_of_squares import sum_of_squares
-from moe_trainer.parallel.shards import local_part
 
 
 def grad_norm(parameters: Iterable[nn.Parameter]) -> torch.Tensor:

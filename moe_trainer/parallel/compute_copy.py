@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from moe_trainer.kernels.accumulate import accumulate
 from moe_trainer.kernels.backend import has_kernel
 from moe_trainer.kernels.kept_copy import kept_copy
-from moe_trainer.parallel.shards import local_part
+from moe_trainer.kernels.local_part import local_part
 
 
 def compute_with_copies(module: nn.Module, dtype: torch.dtype, keep: bool) -> None:

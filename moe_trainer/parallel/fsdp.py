@@ -9,6 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.decoder import DecoderLayer
 from moe_trainer.models.lora import is_adapter
 from moe_trainer.models.moe import Experts
@@ -17,7 +18,6 @@ from moe_trainer.models.router import Router
 from moe_trainer.parallel.compute_copy import compute_with_copies
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.precision import Precision
-from moe_trainer.parallel.shards import local_part
 
 PRECISE = (RMSNorm, Router)
 """Modules that compute in float32 at least, and keep their weights so."""
@@ -113,10 +113,9 @@ def without_fsdp(model: nn.Module) -> list[nn.Module]:
     return [module for module in modules if not isinstance(module, FSDPModule) and module._parameters]
 
 
-def managed_by_fsdp(model: nn.Module) -> list[nn.Parameter]:
-    """All others, norms and routers among them."""
-    others = {parameter for module in without_fsdp(model) for parameter in module.parameters(recurse=False)}
-    return [parameter for parameter in model.parameters() if parameter not in others]
+def computed_with_copies(model: nn.Module) -> set[nn.Parameter]:
+    """The weights of `without_fsdp`."""
+    return {parameter for module in without_fsdp(model) for parameter in module.parameters(recurse=False)}
 
 
 def _as_dtensors(experts: Experts, mesh: DeviceMesh) -> None:

@@ -6,10 +6,11 @@ import torch
 from torch import nn
 
 from moe_trainer.kernels.backend import has_kernel
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.lora import is_adapter
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.shards import local_box
 
 
 @torch.no_grad()

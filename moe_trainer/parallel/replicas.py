@@ -10,7 +10,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.kernels.local_part import local_part
+from moe_trainer.parallel.shards import local_box
 
 _CHUNK = 1 << 22
 """Values hashed at a time."""

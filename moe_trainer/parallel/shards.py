@@ -32,9 +32,3 @@ def local_box(parameter: torch.Tensor) -> Box:
             start = min(starts[dim] + coordinate[axis] * chunk, stops[dim])
             starts[dim], stops[dim] = start, min(start + chunk, stops[dim])
     return tuple(slice(start, stop) for start, stop in zip(starts, stops, strict=True))
-
-
-def local_part(parameter: torch.Tensor) -> torch.Tensor:
-    """The tensor with this rank's values, sharing memory with the parameter and outside autograd."""
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    return local.detach()

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 import torch
 import torch.distributed as dist
 
-from moe_trainer.parallel.shards import Box, local_box, local_part
+from moe_trainer.kernels.local_part import local_part
+from moe_trainer.parallel.shards import Box, local_box
 
 
 def full_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 
 from moe_trainer.data.loader import Loader
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.observe.sinks import finite_json
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.train.loss import Losses
 from moe_trainer.train.report import StepMetrics
 from moe_trainer.train.state import TrainState

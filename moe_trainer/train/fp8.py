@@ -4,10 +4,10 @@ import torch
 
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.kernels.fp8 import linear_fp8, multiply_fp8
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.linear import Linear
 from moe_trainer.models.moe import Experts
-from moe_trainer.parallel.shards import local_part
 
 
 def compute_in_fp8(model: CausalLM, device: torch.device) -> None:

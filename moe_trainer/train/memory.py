@@ -10,10 +10,10 @@ from torch import nn
 from moe_trainer.config.choices import DType, Recompute
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import Config
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.observe.metrics import expert_load
-from moe_trainer.parallel.fsdp import without_fsdp
+from moe_trainer.parallel.fsdp import computed_with_copies
 from moe_trainer.parallel.precision import Precision
-from moe_trainer.parallel.shards import local_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ def states_of(model: nn.Module, cfg: Config, precision: Precision, device: torch
     data_ranks = cfg.parallel.dp_replicate * cfg.parallel.fsdp
     is_summed = cfg.data.global_batch_size > cfg.data.micro_batch_size * data_ranks
     # Outside FSDP a weight keeps what the products of the only micro-batch give: `parallel.compute_copy`.
-    alone = {parameter for module in without_fsdp(model) for parameter in module.parameters(recurse=False)}
+    alone = computed_with_copies(model)
     weights = copies = gradients = moments = parameters = 0
     for parameter in model.parameters():
         number, dtype = local_part(parameter).numel(), parameter.dtype

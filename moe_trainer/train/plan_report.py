@@ -11,13 +11,13 @@ from moe_trainer.config.choices import DeviceName
 from moe_trainer.config.patterns import covers
 from moe_trainer.config.schema import Config
 from moe_trainer.config.validate import world_size_of
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.plan import rule_for, select_parallel_plan, with_adapters
 from moe_trainer.parallel.precision import resolve_precision
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.train.memory import States, states_of
 
 Row = tuple[str, str, str, str, str]

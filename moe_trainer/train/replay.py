@@ -9,10 +9,10 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.observe.metrics import RouterEntropy
 from moe_trainer.parallel.replicas import digest
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.train.loss import Losses
 from moe_trainer.train.watch import watching
 

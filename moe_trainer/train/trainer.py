@@ -44,7 +44,7 @@ from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.clip import clip_factor, grad_norm
 from moe_trainer.parallel.compute_copy import widen_gradients
 from moe_trainer.parallel.cross_entropy import IGNORED_LABEL
-from moe_trainer.parallel.fsdp import end_backward, managed_by_fsdp, shard_over_data
+from moe_trainer.parallel.fsdp import computed_with_copies, end_backward, shard_over_data
 from moe_trainer.parallel.heartbeat import Heartbeat
 from moe_trainer.parallel.initialize import initialize, initialize_adapters
 from moe_trainer.parallel.mesh import build_meshes
@@ -86,7 +86,8 @@ class Trainer:
         keep_copies = keeps_copies(cfg)
         shard_over_data(self.model, self.meshes, self.precision, cfg.parallel.reshard_after_forward, keep_copies)
         self.model.to_empty(device=device)
-        self.managed_by_fsdp = managed_by_fsdp(self.model)
+        copied = computed_with_copies(self.model)
+        self.summed_by_fsdp = [parameter for parameter in self.model.parameters() if parameter not in copied]
         freeze(self.model, cfg.optim.freeze)
         self.loss_fn = LossFn(
             cfg.model.num_experts,
@@ -247,7 +248,7 @@ class Trainer:
             loss.backward()
             end_backward(self.model)
             if self.loader.grad_accum_steps > 1:
-                widen_gradients(self.managed_by_fsdp)
+                widen_gradients(self.summed_by_fsdp)
             shares = shares.add(losses)
             if entropy is not None:
                 entropy.add(output.routings, self._routed(micro_batch.labels))

@@ -34,13 +34,13 @@ from moe_trainer.checkpoint.manager import CheckpointManager
 from moe_trainer.config.choices import DType, Family
 from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.keymap import file_shapes
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.precision import Precision
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.pool import run_distributed
 
 QWEN3_30B_A3B = ModelConfig(

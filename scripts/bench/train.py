@@ -32,12 +32,12 @@ from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
 from moe_trainer.data.loader import Batch
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.observe.flops import flops_per_token, peak_flops
 from moe_trainer.parallel.clock import Mark
 from moe_trainer.parallel.precision import resolve_precision
 from moe_trainer.parallel.process_group import process_group
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.train.report import StepMetrics
 from moe_trainer.train.trainer import Trainer
 

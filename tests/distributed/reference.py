@@ -14,6 +14,7 @@ from torch.distributed import ProcessGroup
 from moe_trainer.config.choices import AuxScope, Recompute
 from moe_trainer.config.schema import LoraConfig, ModelConfig, ParallelConfig
 from moe_trainer.config.validate import resolve_parallel
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.lora import add_adapters
 from moe_trainer.models.registry import FAMILIES
@@ -25,7 +26,7 @@ from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import Meshes, build_meshes
 from moe_trainer.parallel.precision import Precision
 from moe_trainer.parallel.sequence import SequenceShards
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.shards import local_box
 from moe_trainer.testing.compare import assert_close_by_part, full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.loss import Losses, LossFn

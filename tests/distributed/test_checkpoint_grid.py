@@ -10,7 +10,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from moe_trainer.checkpoint.sharded import load_tensors, save_tensors
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.kernels.local_part import local_part
+from moe_trainer.parallel.shards import local_box
 from moe_trainer.testing.pool import run_distributed
 
 

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_trainer.config.schema import ParallelConfig
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.parallel import collectives
 from moe_trainer.parallel.cross_entropy import IGNORED_LABEL, cross_entropy_sum
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import MODEL, Case, batches, clip_grad_norm, plain_model, sharded_model

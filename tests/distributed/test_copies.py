@@ -9,10 +9,10 @@ from torch import nn
 from moe_trainer.config.choices import Recompute
 from moe_trainer.config.schema import LoraConfig, OptimConfig, ParallelConfig
 from moe_trainer.kernels.kept_copy import current_copy
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.optim.adamw import build_adamw
 from moe_trainer.parallel.compute_copy import widen_gradients
-from moe_trainer.parallel.fsdp import PRECISE, managed_by_fsdp
-from moe_trainer.parallel.shards import local_part
+from moe_trainer.parallel.fsdp import PRECISE, computed_with_copies
 from moe_trainer.testing.compare import relative_error
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import Case, batches, mesh, plain_model, sharded_model
@@ -33,7 +33,7 @@ def add_gradients(case: Case, model: nn.Module, step: int, widens_all: bool = Fa
     for half in (slice(0, 4), slice(4, 8)):
         loss, _ = case.loss_fn()(model(ids[half]), labels[half], 100)
         loss.backward()
-        widen_gradients(model.parameters() if widens_all else managed_by_fsdp(model))
+        widen_gradients(p for p in model.parameters() if widens_all or p not in computed_with_copies(model))
         total += loss.detach()
     return total
 

@@ -27,10 +27,10 @@ from moe_trainer.config.schema import (
 )
 from moe_trainer.config.validate import resolve_parallel, world_size_of
 from moe_trainer.data.prepare import prepare
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.observe.sinks import read_metrics
 from moe_trainer.parallel.initialize import initialize
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
 from tests.distributed import runs

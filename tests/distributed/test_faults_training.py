@@ -27,7 +27,7 @@ from moe_trainer.config.schema import (
     ParallelConfig,
 )
 from moe_trainer.config.validate import resolve_parallel, world_size_of
-from moe_trainer.parallel.shards import local_part
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.loss import LossFn
 from moe_trainer.train.trainer import Trainer

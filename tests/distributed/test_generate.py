@@ -22,6 +22,7 @@ from moe_trainer.generate.decoding import generate
 from moe_trainer.generate.main import Continuation, _load_model, continue_prompt, continue_prompts, run_generation
 from moe_trainer.generate.sampling import Sampler, Sampling
 from moe_trainer.generate.source import open_source
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.attention import KVCache
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.norm import RMSNorm
@@ -31,7 +32,7 @@ from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.collectives import gather_replicated
 from moe_trainer.parallel.cross_entropy import cross_entropy_sum
 from moe_trainer.parallel.mesh import build_meshes
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.shards import local_box
 from moe_trainer.testing.pool import run_distributed
 from tests.unit.generate.test_batches import MODELS
 

@@ -27,9 +27,10 @@ from moe_trainer.config.choices import DType
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import ModelConfig
 from moe_trainer.data.tokenizer import load_tokenizer
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.keymap import file_shapes
 from moe_trainer.models.mixtral.hf import key_map
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.shards import local_box
 from moe_trainer.testing.pool import run_distributed
 
 MODEL = ModelConfig(

@@ -12,13 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_trainer.config.schema import ParallelConfig
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.mixtral.model import build_mixtral
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.fsdp import shard_over_data
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.precision import Precision
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import MODEL

@@ -11,7 +11,7 @@ from moe_trainer.config.choices import DeviceName, DType
 from moe_trainer.config.schema import CheckpointConfig, Config, DataConfig, OptimConfig
 from moe_trainer.config.shape import check_divisions
 from moe_trainer.config.validate import world_size_of
-from moe_trainer.parallel.shards import local_part
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer

@@ -8,7 +8,7 @@ import torch
 from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
-from moe_trainer.parallel.shards import local_part
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train import trainer as module
 from moe_trainer.train.trainer import Trainer

@@ -12,8 +12,8 @@ from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.observe.sinks import read_metrics
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.loss import LossFn
 from moe_trainer.train.trainer import Trainer

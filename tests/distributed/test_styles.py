@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_trainer.config.schema import ParallelConfig
 from moe_trainer.kernels.experts import Clamp
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.linear import Embedding, Linear
 from moe_trainer.models.lora import adapt
 from moe_trainer.models.moe import ClampedExperts, Experts, SparseMoeBlock
@@ -20,7 +21,7 @@ from moe_trainer.models.router import BiasedRouter, Router
 from moe_trainer.parallel.apply import apply_plan
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.sequence import SequenceShards
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.shards import local_box
 from moe_trainer.parallel.styles import STYLES, ParallelContext
 from moe_trainer.testing.pool import run_distributed
 

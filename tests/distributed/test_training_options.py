@@ -11,8 +11,8 @@ from moe_trainer.config.choices import OnSpike, Recompute
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import CheckpointConfig, Config, GroupConfig, ModelConfig, OptimConfig
 from moe_trainer.config.validate import world_size_of
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.observe.sinks import read_metrics
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.compare import assert_close_by_part, full_tensors
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train import trainer as module

@@ -15,12 +15,13 @@ from moe_trainer.generate import decoding
 from moe_trainer.generate.decoding import DecodeStep, generate
 from moe_trainer.generate.quantization import quantize_model
 from moe_trainer.generate.sampling import Sampler, Sampling
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.fsdp import PRECISE
 from moe_trainer.parallel.mesh import build_meshes
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.parallel.shards import local_box
 from moe_trainer.testing.pool import run_distributed
 from tests.unit.generate.test_batches import MODELS
 

@@ -15,12 +15,12 @@ from moe_trainer.config.schema import LoraConfig, ModelConfig, OptimConfig
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
 from moe_trainer.kernels.kept_copy import current_copy
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.lora import add_adapters
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.optim.adamw import build_adamw, optimizer_tensors
 from moe_trainer.parallel.initialize import initialize
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.compare import relative_error
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.memory import states_of

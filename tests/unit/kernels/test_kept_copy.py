@@ -10,8 +10,8 @@ from torch.distributed.tensor import DTensor, Shard
 
 from moe_trainer.config.schema import OptimConfig
 from moe_trainer.kernels.kept_copy import current_copy, forget_copy, kept_copy
+from moe_trainer.kernels.local_part import local_part
 from moe_trainer.optim.adamw import build_adamw
-from moe_trainer.parallel.shards import local_part
 from moe_trainer.testing.pool import run_distributed
 
 

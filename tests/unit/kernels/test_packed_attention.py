@@ -112,16 +112,16 @@ def test_one_length_is_boundaries_that_far_apart(monkeypatch: pytest.MonkeyPatch
 
 def cpu_attend(query, key, value, boundaries, longest, window, scale):
     """By an operator that activation checkpointing keeps, for one document."""
-    rows = (module._batch(part, longest) for part in (query, key, value))
+    rows = (module.batched(part, longest) for part in (query, key, value))
     out, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*rows, 0.0, True, scale=scale)
-    return module._end_to_end(out), log_sum.transpose(0, 1).flatten(1), torch.zeros(1), torch.zeros(1)
+    return module.end_to_end(out), log_sum.transpose(0, 1).flatten(1), torch.zeros(1), torch.zeros(1)
 
 
 def cpu_attend_backward(grad, query, key, value, out, log_sum, boundaries, state, more, longest, window, scale):
-    rows = (module._batch(part, longest) for part in (grad, query, key, value, out))
+    rows = (module.batched(part, longest) for part in (grad, query, key, value, out))
     sums = log_sum.unflatten(1, (-1, longest)).transpose(0, 1).contiguous()
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-    return tuple(map(module._end_to_end, backward(*rows, sums, 0.0, True, scale=scale)))
+    return tuple(map(module.end_to_end, backward(*rows, sums, 0.0, True, scale=scale)))
 
 
 def test_what_recomputation_has_kept_is_not_scaled_twice(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ from torch.distributed.tensor import DTensor, Partial, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from moe_trainer.config.schema import ParallelConfig
-from moe_trainer.parallel.shards import local_box, local_part
+from moe_trainer.kernels.local_part import local_part
+from moe_trainer.parallel.shards import local_box
 from moe_trainer.testing.compare import full_tensors
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import MODEL, Case, plain_model, sharded_model
