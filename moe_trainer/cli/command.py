@@ -113,12 +113,12 @@ def local_world_size_from_env() -> int | None:
 
 
 def count_gpus(device: DeviceName) -> int:
-    """GPUs that this machine shows; 0 for `device=cpu`, which spares the import of torch."""
+    """Ranks that this machine has GPUs for; 0 for `device=cpu`, which spares the import of torch."""
     if device is DeviceName.cpu:
         return 0
-    import torch
+    from moe_trainer.parallel.gpus import count_places
 
-    return torch.cuda.device_count()
+    return count_places()
 
 
 def _number(name: str) -> int | None:

@@ -122,7 +122,7 @@ def resolve_device(device: DeviceName, num_ranks: int, num_gpus: int) -> DeviceN
     if device is DeviceName.cuda and num_gpus < num_ranks:
         raise ConfigError(
             f"device=cuda: {num_ranks} ranks need a GPU each, this machine shows {num_gpus}; "
-            "use fewer ranks or device=cpu"
+            "use fewer ranks, device=cpu or, to try the mesh at no speed, MOE_TRAINER_RANKS_PER_GPU"
         )
     if device is DeviceName.auto:
         return DeviceName.cuda if num_gpus >= num_ranks else DeviceName.cpu

@@ -12,6 +12,7 @@ import torch.distributed as dist
 
 from moe_trainer.config.choices import DeviceName
 from moe_trainer.config.errors import ConfigError
+from moe_trainer.parallel.gpus import take_gpu
 from moe_trainer.parallel.rendezvous import is_shared_store, store_of_this_start
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
@@ -35,9 +36,7 @@ def process_group(device: DeviceName, timeout_seconds: float = 1800.0) -> Iterat
         ConfigError: the address of the world, which the environment gives, is taken or out of reach.
     """
     if device is DeviceName.cuda:
-        torch_device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(torch_device)
-        backend = "cpu:gloo,cuda:nccl"
+        torch_device, backend = take_gpu(), "cpu:gloo,cuda:nccl"
     else:
         torch_device, backend = torch.device("cpu"), "gloo"
         _keep_freed_memory()
