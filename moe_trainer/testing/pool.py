@@ -9,8 +9,10 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import select
 import shutil
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -84,13 +86,16 @@ def _rank(
     import torch
     import torch.distributed as dist
 
+    from moe_trainer.parallel.gpus import take_gpu
+
     faulthandler.enable()
+    threading.Thread(target=_end_unheard, args=(sender.fileno(),), daemon=True).start()
     names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
     os.environ.update({name: str(value) for name, value in names.items()}, GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     try:
         if device == "cuda":
-            torch.cuda.set_device(rank)
+            take_gpu()
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
             init_method=f"file://{folder}/store",
@@ -110,3 +115,11 @@ def _rank(
     sender.close()
     # A rank that leaves early breaks the others' last collectives; leave without waiting, all results are sent.
     os._exit(0)
+
+
+def _end_unheard(pipe: int) -> None:
+    """End this process when nobody is left to read from the pipe: the server lives as long as the ranks do."""
+    poll = select.poll()
+    poll.register(pipe, 0)  # an error is always told
+    poll.poll()
+    os._exit(1)
