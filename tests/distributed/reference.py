@@ -218,10 +218,10 @@ def plain_model(case: Case) -> CausalLM:
     model = FAMILIES[case.model.family].build(case.model)
     if case.lora.rank is not None:
         add_adapters(model, case.lora)
-    model.to(case.dtype)
+    model.to(case.device, case.dtype)  # before it is filled: a GPU draws other values than a CPU
     initialize(model, 0, case.model.initializer_range)
     (encode if case.clear_routing else bend)(model)
-    return model.to(case.device)
+    return model
 
 
 def train_plain(case: Case) -> Outcome:

@@ -15,12 +15,13 @@ from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
 from moe_trainer.kernels.local_part import local_part
 from moe_trainer.observe.sinks import read_metrics
+from moe_trainer.parallel.gpus import count_places
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
 from tests.distributed.runs import fit
 
 DEVICE = "cuda"
-pytestmark = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+pytestmark = pytest.mark.skipif(count_places() < 2, reason="needs two GPUs")
 
 LAUNCH = (
     "import sys; from moe_trainer.cli.launch import launch; "
@@ -32,10 +33,12 @@ TWO = ["parallel.fsdp=1", "parallel.tp=2", f"device={DEVICE}"]
 def launched(folder: Path, fault: str, *overrides: str) -> tuple[int, str, float]:
     """Exit code, stderr, and the seconds from the fault to the end."""
     root, mark = Path(__file__).parents[2], folder / "failed"
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), str(Path(__file__).parent)])}
+    paths = [str(root), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     run = ["+recipe=mixtral_sp_ep", f"run_dir={folder}", "steps=100", *TWO, *overrides]
     command = [sys.executable, "-c", LAUNCH, fault, str(mark), *run]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)
+    assert mark.exists(), f"ended with {done.returncode} before the fault: {done.stderr}"
     return done.returncode, done.stderr, time.time() - mark.stat().st_mtime
 
 

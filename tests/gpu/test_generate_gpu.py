@@ -20,12 +20,13 @@ from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.parallel.apply import build_model
 from moe_trainer.parallel.fsdp import PRECISE
+from moe_trainer.parallel.gpus import count_places
 from moe_trainer.parallel.mesh import build_meshes
 from moe_trainer.parallel.shards import local_box
 from moe_trainer.testing.pool import run_distributed
 from tests.unit.generate.test_batches import MODELS
 
-NUM_GPUS = torch.cuda.device_count()
+NUM_GPUS = count_places()
 needs_gpu = pytest.mark.skipif(NUM_GPUS < 1, reason="needs a GPU")
 WORLDS = [size for size in (1, 2, 4) if size <= NUM_GPUS] or [1]
 NEW_TOKENS = 100

@@ -12,11 +12,12 @@ import torch
 from moe_trainer.config.errors import ConfigError
 from moe_trainer.config.schema import ModelConfig, ParallelConfig
 from moe_trainer.config.validate import resolve_parallel
+from moe_trainer.parallel.gpus import count_places
 from moe_trainer.testing.compare import errors_by_part
 from moe_trainer.testing.pool import run_distributed
 from tests.distributed.reference import Case, Outcome, assert_same, train_parallel, train_plain
 
-NUM_GPUS = torch.cuda.device_count()
+NUM_GPUS = count_places()
 needs_gpus = pytest.mark.skipif(NUM_GPUS < 2, reason="needs two GPUs")
 
 PLANS = {"tp": (False, False), "sp": (True, False), "tp_ep": (False, True), "sp_ep": (True, True)}

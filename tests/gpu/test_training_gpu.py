@@ -20,6 +20,7 @@ from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.lora import add_adapters
 from moe_trainer.models.registry import FAMILIES
 from moe_trainer.optim.adamw import build_adamw, optimizer_tensors
+from moe_trainer.parallel.gpus import count_places
 from moe_trainer.parallel.initialize import initialize
 from moe_trainer.testing.compare import relative_error
 from moe_trainer.testing.pool import run_distributed
@@ -150,8 +151,8 @@ def learn(options: list[str], folder: Path) -> tuple[list[float], float, float, 
     """Losses of the tiny recipe; bytes a parameter on this rank, found and as the plan says; types of gradients."""
     world = dist.get_world_size()
     given = ["+recipe=qwen3_moe_tiny", "device=cuda", f"run_dir={folder}", *MESHES[world], *options]
-    cfg = validate(compose("train", given), world, torch.cuda.device_count())
-    device = torch.device("cuda", dist.get_rank())
+    cfg = validate(compose("train", given), world, count_places())
+    device = torch.device("cuda", torch.cuda.current_device())
     trainer = Trainer(cfg, device)
     trainer.start()
     step, gradients = trainer.optimizer.step, {}
@@ -172,7 +173,7 @@ def learn(options: list[str], folder: Path) -> tuple[list[float], float, float, 
 
 @pytest.mark.parametrize("world", MESHES)
 def test_eight_bytes_a_parameter_learn_what_sixteen_do(world: int, tmp_path: Path) -> None:
-    if torch.cuda.device_count() < world:
+    if count_places() < world:
         pytest.skip("needs more GPUs")
     wide, rounded, summed = (
         run_distributed(learn, world, options, tmp_path, timeout=150, device="cuda")[0]
