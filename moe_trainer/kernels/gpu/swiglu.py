@@ -4,8 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from moe_trainer.kernels.experts import Clamp
-
 
 def swiglu(
     gate_up: torch.Tensor,
@@ -14,7 +12,7 @@ def swiglu(
     end: torch.Tensor,
     bias: torch.Tensor | None = None,
     experts: torch.Tensor | None = None,
-    clamp: Clamp | None = None,
+    clamp: tuple[float, float] | None = None,
 ) -> torch.Tensor:
     """As `kernels.experts.swiglu`; rows at or past `end` are left as they are.
 
@@ -39,7 +37,7 @@ def swiglu_backward(
     end: torch.Tensor,
     bias: torch.Tensor | None = None,
     experts: torch.Tensor | None = None,
-    clamp: Clamp | None = None,
+    clamp: tuple[float, float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `kernels.experts.swiglu_backward`; `experts` as for `swiglu`."""
     rows, width = grad.shape
@@ -52,7 +50,7 @@ def swiglu_backward(
     return grad_gate_up, activated, grad_weights
 
 
-def _alpha_and_limit(clamp: Clamp | None) -> tuple[float, float | None]:
+def _alpha_and_limit(clamp: tuple[float, float] | None) -> tuple[float, float | None]:
     return (1.0, None) if clamp is None else tuple(map(float, clamp))
 
 
