@@ -37,7 +37,7 @@ def next_start(cfg: Config, num_gpus: int, last: Start, lost: Sequence[int]) -> 
 
     Args:
         cfg: validated, of the first start.
-        num_gpus: that the first start could see.
+        num_gpus: as many as ranks that the first start had GPUs for; those that ranks share are kept.
     """
     resume = resume_after_loss(cfg)
     argv = [argument for argument in last.argv if not argument.startswith("checkpoint.resume=")]
@@ -45,7 +45,7 @@ def next_start(cfg: Config, num_gpus: int, last: Start, lost: Sequence[int]) -> 
     if not cfg.launch.shrink or not lost or len(lost) >= last.nproc:  # of all lost there is no rest to go on with
         return last._replace(argv=argv)
     env = dict(last.env)
-    if cfg.device is DeviceName.cuda:
+    if cfg.device is DeviceName.cuda and not _share_gpus():
         visible = env.get(_DEVICES, os.environ.get(_DEVICES))
         names = list(map(str, range(num_gpus))) if visible is None else visible.split(",")
         env[_DEVICES] = ",".join(name for rank, name in enumerate(names) if rank not in lost)
@@ -54,6 +54,12 @@ def next_start(cfg: Config, num_gpus: int, last: Start, lost: Sequence[int]) -> 
     resolved = validate(replace(cfg, nproc=left, checkpoint=checkpoint, profile=False), None, None)
     nproc = world_size_of(resolved.parallel)
     return Start([*argv, *_profiled(cfg, nproc)], nproc, env)
+
+
+def _share_gpus() -> bool:
+    from moe_trainer.parallel.gpus import ranks_per_gpu  # imports torch
+
+    return ranks_per_gpu() > 1
 
 
 def _profiled(cfg: Config, nproc: int) -> list[str]:

@@ -118,7 +118,7 @@ def world_size_of(parallel: ParallelConfig) -> int:
 
 
 def resolve_device(device: DeviceName, num_ranks: int, num_gpus: int) -> DeviceName:
-    """`cpu` or `cuda`: auto is CUDA where each of this machine's ranks has a GPU of its own."""
+    """`cpu` or `cuda`: auto is CUDA where there is a GPU for each of this machine's ranks."""
     if device is DeviceName.cuda and num_gpus < num_ranks:
         raise ConfigError(
             f"device=cuda: {num_ranks} ranks need a GPU each, this machine shows {num_gpus}; "

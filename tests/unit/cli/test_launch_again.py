@@ -53,6 +53,12 @@ def test_the_gpu_of_a_lost_rank_is_left_out(tmp_path: Path, monkeypatch: pytest.
     assert next_start(cfg, 4, last, [0]) == last._replace(argv=["checkpoint.resume=auto"])  # not on the CPU
 
 
+def test_a_gpu_that_ranks_share_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MOE_TRAINER_RANKS_PER_GPU", "4")
+    cfg = replace(config(tmp_path), device=DeviceName.cuda)
+    assert next_start(cfg, 4, Start([], 4), [0]).env == {}
+
+
 def test_profiled_ranks_that_are_left_are_profiled(tmp_path: Path) -> None:
     argv = ["+recipe=mixtral_sp_ep", "profile=true", "profiler.ranks=[0,3]", f"run_dir={tmp_path}"]
     cfg = config(tmp_path, "profile=true", "profiler.ranks=[0,3]")

@@ -44,11 +44,19 @@ def test_ranks_that_share_a_gpu_are_of_different_hosts(
     hosts = []
     for rank in range(8):
         monkeypatch.setenv("LOCAL_RANK", str(rank))
+        monkeypatch.setenv("RANK", str(8 + rank))
         assert take_gpu() == taken[-1]
         hosts.append((taken[-1].index, os.environ["NCCL_HOSTID"]))
     assert len(set(hosts)) == 8 and [gpu for gpu, _ in hosts] == [0, 1] * 4
-    assert len({host for _, host in hosts}) == 4 and all(socket.gethostname() in host for _, host in hosts)
+    assert {host.rpartition("-")[2] for _, host in hosts} == set(map(str, range(8, 16))), (
+        "also where hosts have one name"
+    )
+    assert all(socket.gethostname() in host for _, host in hosts)
     assert os.environ["NCCL_SOCKET_IFNAME"] == "lo"
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME")
+    monkeypatch.setenv("WORLD_SIZE", "16")
+    take_gpu()
+    assert "NCCL_SOCKET_IFNAME" not in os.environ, "other hosts are not to be met there"
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "two", ""])
