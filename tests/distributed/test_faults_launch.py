@@ -18,14 +18,14 @@ from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.state import TrainState
 from moe_trainer.train.trainer import Trainer
 from tests.distributed.runs import wait_for_steps
+from tests.processes import environment
 
-ROOT = Path(__file__).parents[2]
 STEPS = 14
 
 
 def train(folder: Path, *more: str) -> subprocess.Popen[str]:
     arguments = ["+recipe=mixtral_sp_ep", "device=cpu", "run_name=lost", f"run_dir={folder}", *more]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    env = environment() | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "moe_trainer.cli.train", *arguments]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 

@@ -1,19 +1,15 @@
 """Compiles the kernels for Hopper, on any machine: what calls them is called, and a launch only compiles.
 
 Run without TRITON_INTERPRET; writes a line of JSON for each compiled kernel: module, name, types, bytes of shared
-memory and of spilled registers.
+memory.
 """
 
 import json
-import subprocess
-import tempfile
 from itertools import product
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
@@ -79,17 +75,7 @@ def main() -> None:
 def _describe(kernel: JITFunction, compiled: Any) -> dict[str, Any]:
     types = {name: str(kind) for name, kind in compiled.src.signature.items()}
     used = {"module": kernel.module.rpartition(".")[2], "name": kernel.fn.__name__, "types": types}
-    return used | {"shared": compiled.metadata.shared, "spilled": _spilled(compiled.asm["cubin"])}
-
-
-def _spilled(cubin: bytes) -> int:
-    """Bytes of local memory, which none of our kernels asks for by itself."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = Path(triton.__path__[0]) / "backends" / "nvidia" / "bin" / "cuobjdump"
-        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return sum(int(word.partition(":")[2]) for word in text.split() if word.startswith(("STACK:", "LOCAL:")))
+    return used | {"shared": compiled.metadata.shared}
 
 
 def _elementwise() -> None:

@@ -2,14 +2,14 @@
 
 import ast
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT, environment
+
 MOST_SHARED = 227 * 1024
 """Bytes that a program can have on Hopper."""
 
@@ -30,9 +30,8 @@ def launched() -> set[tuple[str, str]]:
 
 def test_every_kernel_compiles(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(paths)}
+    env = {name: value for name, value in environment().items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
     command = [sys.executable, str(Path(__file__).with_name("compile_kernels.py"))]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr

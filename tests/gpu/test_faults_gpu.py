@@ -19,6 +19,7 @@ from moe_trainer.parallel.gpus import count_places
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
 from tests.distributed.runs import fit
+from tests.processes import environment
 
 DEVICE = "cuda"
 pytestmark = pytest.mark.skipif(count_places() < 2, reason="needs two GPUs")
@@ -32,9 +33,7 @@ TWO = ["parallel.fsdp=1", "parallel.tp=2", f"device={DEVICE}"]
 
 def launched(folder: Path, fault: str, *overrides: str) -> tuple[int, str, float]:
     """Exit code, stderr, and the seconds from the fault to the end."""
-    root, mark = Path(__file__).parents[2], folder / "failed"
-    paths = [str(root), str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    mark, env = folder / "failed", environment(Path(__file__).parent)
     run = ["+recipe=mixtral_sp_ep", f"run_dir={folder}", "steps=100", *TWO, *overrides]
     command = [sys.executable, "-c", LAUNCH, fault, str(mark), *run]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=240)

@@ -1,7 +1,6 @@
 """The three commands up to where torch starts: exit codes, the one line on stderr, help, and what they cost."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from moe_trainer.cli import checkpoint, generate, train
 from moe_trainer.config.choices import DeviceName
 from moe_trainer.config.schema import Config, ModelConfig
 from moe_trainer.models.mixtral.hf import hf_config
+from tests.processes import environment
 
 ROOT = Path(__file__).parents[3]
 
@@ -167,9 +167,7 @@ def test_mistake_costs_no_import_of_torch(tmp_path: Path) -> None:
         "assert codes == [2, 2, 2] and train.main(['--help']) == 0\n"
         "sys.exit(sum(name.partition('.')[0] in ('torch', 'numpy', 'transformers') for name in sys.modules))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment(), capture_output=True)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count(b"\n") == 3
 
@@ -178,7 +176,7 @@ def test_module_is_a_command_of_its_own(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "moe_trainer.cli.train", "+recipe=mixtral_sp_ep", "parallel.ep=3"],
         cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         capture_output=True,
         text=True,
     )

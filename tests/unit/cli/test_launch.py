@@ -1,6 +1,5 @@
 """Real launches of two ranks that do nothing: exit codes, who speaks, and that no rank outlives its launcher."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -9,43 +8,16 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import environment, ranks_of, wait_until_gone
+
 LAUNCH = "import sys; from moe_trainer.cli.launch import launch; sys.exit(launch('dummy_ranks', sys.argv[1:], 2))"
 
 
 def start(folder: Path, mode: str) -> subprocess.Popen[str]:
-    root = Path(__file__).parents[3]
-    env = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
-    env["PYTHONPATH"] = os.pathsep.join([str(root), str(Path(__file__).parent)])
+    given = environment(Path(__file__).parent)
+    env = {name: value for name, value in given.items() if name != "OMP_NUM_THREADS"}
     command = [sys.executable, "-c", LAUNCH, str(folder), mode]
     return subprocess.Popen(command, env=env, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def ranks_of(folder: Path) -> list[int]:
-    """Process ids of the two ranks, as soon as both have said theirs."""
-    deadline = time.monotonic() + 240  # a loaded machine imports torch slowly
-    while time.monotonic() < deadline:
-        ranks = [int(path.read_text()) for path in folder.glob("rank*")]
-        if len(ranks) == 2:
-            return ranks
-        time.sleep(0.05)
-    raise AssertionError("the ranks did not start")
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A process that ended and waits for its parent to take notice is not alive.
-    stat = Path(f"/proc/{pid}/stat")
-    return not (stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] == "Z")
-
-
-def wait_until_gone(pids: list[int], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(map(alive, pids)):
-        time.sleep(0.05)
-    return not any(map(alive, pids))
 
 
 @pytest.mark.parametrize(
@@ -122,8 +94,7 @@ def test_ranks_go_with_a_launcher_that_was_killed(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_ranks_of_another_torchrun_meet_again_after_a_loss(tmp_path: Path) -> None:
     """Its store still holds the addresses of the ranks that are gone."""
-    here = Path(__file__).parent
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(here.parents[2]), str(here)]), "OMP_NUM_THREADS": "1"}
+    env = environment(Path(__file__).parent) | {"OMP_NUM_THREADS": "1"}
     torchrun = ["torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     command = [sys.executable, "-m", *torchrun, "-m", "dummy_ranks", str(tmp_path), "killed_once"]
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=240)

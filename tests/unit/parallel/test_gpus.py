@@ -16,15 +16,11 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
     devices: list[torch.device] = []
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", devices.append)
-    for name, value in {
-        "LOCAL_WORLD_SIZE": "8",
-        "WORLD_SIZE": "8",
-        "NCCL_HOSTID": "",
-        "NCCL_SOCKET_IFNAME": "",
-    }.items():
-        monkeypatch.setenv(name, value)
-        if not value:
-            monkeypatch.delenv(name)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for name in ("NCCL_HOSTID", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(name, "")  # so that what `take_gpu` sets is gone after the test
+        monkeypatch.delenv(name)
     monkeypatch.delenv("MOE_TRAINER_RANKS_PER_GPU", raising=False)
     return devices
 
