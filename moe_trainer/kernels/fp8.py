@@ -16,7 +16,7 @@ from moe_trainer.kernels.quantize import FP8, Quantized, quantize, scaled_groupe
 
 def multiply_fp8(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """As `grouped_gemm.multiply`, [rows, a] x [num_experts, a, b] -> [rows, b], in fp8."""
-    return scaled_grouped_product(quantize_rows(rows), quantize_columns(weight), offsets, rows.dtype)
+    return scaled_grouped_product(quantize(rows, FP8), quantize_columns(weight), offsets, rows.dtype)
 
 
 def linear_fp8(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -39,17 +39,7 @@ class _Linear(torch.autograd.Function):
 
 def _product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[rows, a] x [a, b] -> [rows, b]."""
-    return scaled_product(quantize_rows(rows), quantize_columns(weight), rows.dtype)
-
-
-def quantize_rows(rows: torch.Tensor) -> Quantized:
-    """[..., width] -> fp8 with a scale for each row."""
-    if has_kernel(rows):
-        from moe_trainer.kernels.gpu import fp8 as gpu
-
-        values, scale = gpu.quantize_rows(rows.contiguous())
-        return Quantized(values, scale)
-    return quantize(rows, FP8)
+    return scaled_product(quantize(rows, FP8), quantize_columns(weight), rows.dtype)
 
 
 def quantize_columns(weight: torch.Tensor) -> Quantized:
@@ -59,4 +49,4 @@ def quantize_columns(weight: torch.Tensor) -> Quantized:
 
         values, scale = gpu.quantize_columns(weight.view(-1, *weight.shape[-2:]))
         return Quantized(values.view(*weight.shape[:-2], *values.shape[1:]), scale.view(*weight.shape[:-2], -1))
-    return quantize_rows(weight.mT)
+    return quantize(weight.mT, FP8)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from moe_trainer.kernels.backend import has_kernel
 from moe_trainer.kernels.grouped_gemm import grouped_linear, is_for_kernel, multiply
 
 FP8 = torch.float8_e4m3fn
@@ -30,6 +31,10 @@ class Quantized(NamedTuple):
 
 def quantize(weight: torch.Tensor, dtype: torch.dtype) -> Quantized:
     """Round [..., out, in] to `dtype`, int8 or float8_e4m3fn: each row's largest value becomes the largest there."""
+    if dtype is FP8 and has_kernel(weight):
+        from moe_trainer.kernels.gpu import fp8 as gpu
+
+        return Quantized(*gpu.quantize_rows(weight.contiguous()))
     largest = 127.0 if dtype is torch.int8 else torch.finfo(dtype).max
     wide = weight.float()
     scale = wide.abs().amax(-1).clamp(min=1e-12) / largest
