@@ -18,6 +18,7 @@ from moe_trainer.observe.log import get_logger
 from moe_trainer.observe.metrics import MetricsLog, expert_load, is_load_due, memory_gib, throughput
 from moe_trainer.observe.report import REPORT, write_report
 from moe_trainer.parallel.clock import Mark
+from moe_trainer.parallel.gpus import ranks_per_gpu
 from moe_trainer.parallel.precision import resolve_precision
 from moe_trainer.train.loss import Losses
 
@@ -52,6 +53,8 @@ class RunReport:
         """`start_step`: steps taken before this command; `skipped_steps`: those among them that moved nothing."""
         dtype = resolve_precision(cfg.dtype, cfg.reduce_dtype, device).compute
         facts = environment(cfg, device, dtype, start_step, seq_len)
+        if device.type == "cuda":
+            facts["ranks_per_gpu"] = ranks_per_gpu()  # above one its speeds are no measure
         try:
             run_folder.mkdir(parents=True, exist_ok=True)
             self._lock = lock(run_folder / "metrics.jsonl")

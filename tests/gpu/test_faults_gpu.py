@@ -1,5 +1,6 @@
 """Faults over NCCL on two GPUs: a rank that dies or hangs, one that is slow or computes other bits, checkpoints."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
 from moe_trainer.kernels.local_part import local_part
 from moe_trainer.observe.sinks import read_metrics
-from moe_trainer.parallel.gpus import count_places
+from moe_trainer.parallel.gpus import count_places, ranks_per_gpu
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train.trainer import Trainer
 from tests.distributed.runs import fit
@@ -45,6 +46,8 @@ def test_a_rank_that_is_killed_takes_the_other_down(tmp_path: Path) -> None:
     code, err, seconds = launched(tmp_path, "killed")
     assert code == 1 and seconds < 10, err
     assert "rank 1 was killed by SIGKILL; the other ranks were ended" in err and "Traceback" not in err
+    [written] = tmp_path.rglob("environment.jsonl")
+    assert json.loads(written.read_text())["ranks_per_gpu"] == ranks_per_gpu()
 
 
 def test_a_rank_that_hangs_is_named_with_its_step_and_collective(tmp_path: Path) -> None:
