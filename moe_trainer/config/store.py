@@ -304,11 +304,13 @@ def _message(error: BaseException) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?`: the same last part (`lr` is `optim.lr`), else the nearest spelling."""
+    """`; did you mean X?`: the last part or its initials (`lr` and `learning_rate` are `optim.lr`), else the nearest
+    spelling."""
     lasts = {key: key.rsplit(".", 1)[-1] for key in known}
     last = name.rsplit(".", 1)[-1]
-    close = [key for key in lasts if lasts[key] == last]
-    close = close or difflib.get_close_matches(name, list(lasts))
+    initials = "".join(word[:1] for word in last.split("_"))
+    close = [key for key in lasts if lasts[key] in (last, initials)]
+    close = close or difflib.get_close_matches(name, list(lasts), cutoff=0.75)
     close = close or [key for key in lasts if difflib.get_close_matches(last, [lasts[key]], cutoff=0.8)]
     return f"; did you mean {close[0]}?" if close else ""
 

@@ -119,6 +119,8 @@ def world_size_of(parallel: ParallelConfig) -> int:
 
 def resolve_device(device: DeviceName, num_ranks: int, num_gpus: int) -> DeviceName:
     """`cpu` or `cuda`: auto is CUDA where there is a GPU for each of this machine's ranks."""
+    if device is DeviceName.cuda and num_gpus == 0:
+        raise ConfigError("device=cuda: PyTorch finds no GPU on this machine; use device=cpu")
     if device is DeviceName.cuda and num_gpus < num_ranks:
         raise ConfigError(
             f"device=cuda: {num_ranks} ranks need a GPU each, this machine shows {num_gpus}; "
@@ -311,7 +313,7 @@ def _check_folders(cfg: Config) -> None:
                 raise ConfigError(f"run_dir={cfg.run_dir}: {folder} cannot be written to; name another run_dir")
             break
     resume = cfg.checkpoint.resume
-    if resume == "none" and _holds_steps(run):
+    if resume == "none" and not cfg.print_plan and _holds_steps(run):
         raise ConfigError(
             f"{run} already holds steps of a run; go on with checkpoint.resume=auto, or give another run_name"
         )

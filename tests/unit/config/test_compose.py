@@ -118,6 +118,7 @@ def test_resolvers_are_told_from_colons(value: str, is_allowed: bool) -> None:
         (["parallel.tpp=2"], "parallel.tpp is not a key; did you mean parallel.tp?"),
         (["+parallel.tpp=2"], "parallel.tpp is not a key; did you mean parallel.tp?"),
         (["lr=1e-3"], "lr is not a key; did you mean optim.lr?"),
+        (["optim.learning_rate=1e-3"], "optim.learning_rate is not a key; did you mean optim.lr?"),
         (["schedul=linear"], "schedul is not a key; did you mean optim.schedule?"),
         (["zzzzzz=1"], "zzzzzz is not a key"),
         (["hydra.verbose=true"], "hydra.verbose is not a key"),
@@ -151,6 +152,11 @@ def test_mistake_is_one_line_that_names_the_key(overrides: list[str], message: s
         compose("train", overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_no_key_is_offered_where_none_is_near() -> None:
+    with pytest.raises(ConfigError, match="^model.foo is not a key$"):
+        compose("train", ["+model.foo=1"])
 
 
 @pytest.mark.parametrize(

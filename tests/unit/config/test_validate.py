@@ -321,6 +321,9 @@ def test_run_folder_with_steps_is_refused_unless_resumed(tmp_path: Path, trace: 
         (run / "checkpoints" / "step-00000005").mkdir()
     with pytest.raises(ConfigError, match="already holds steps.*checkpoint.resume=auto.*another run_name"):
         validate(cfg, None, None)
+    cfg.print_plan = True  # writes nothing there
+    validate(cfg, None, None)
+    cfg.print_plan = False
     cfg.checkpoint.resume = "auto"
     validate(cfg, None, None)
     validate(config(tmp_path, run_name="other"), None, None)
@@ -362,7 +365,7 @@ def test_empty_file_is_refused(tmp_path: Path) -> None:
         ({"top_p": 0.0}, "top_p=0.0 must be above 0 and at most 1"),
         ({"parallel": GenerateParallelConfig(tp=0)}, "parallel.tp=0 must be at least 1"),
         ({"parallel": GenerateParallelConfig(tp=2)}, "parallel.tp=2 must be the number of ranks, WORLD_SIZE is 1"),
-        ({"device": DeviceName.cuda}, "device=cuda: 1 ranks need a GPU each, this machine shows 0"),
+        ({"device": DeviceName.cuda}, "device=cuda: PyTorch finds no GPU on this machine; use device=cpu"),
     ],
 )
 def test_generate_mistakes(tmp_path: Path, values: dict[str, Any], message: str) -> None:
