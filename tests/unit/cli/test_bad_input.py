@@ -14,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 from tokenizers import Tokenizer, models
 
@@ -171,7 +172,10 @@ MESH = [
         "device=cpu parallel.dp_replicate=4096 parallel.fsdp=1 parallel.tp=1 data.global_batch_size=4096",
         "4096 ranks are more than one",
     ),
-    Mistake("device=cuda parallel.fsdp=64 parallel.tp=1 data.global_batch_size=64", "device=cuda: "),
+    Mistake(
+        "device=cuda parallel.fsdp=64 parallel.tp=1 data.global_batch_size=64",
+        "64 ranks need a GPU each" if torch.cuda.is_available() else "PyTorch finds no GPU on this machine",
+    ),
 ]
 MESH = [Mistake([*SENTENCE, *str(m.argv).split()], m.says, m.arrange, m.env) for m in MESH]
 
