@@ -1,6 +1,7 @@
 """FSDP2 over the data axes: it owns the master weights, the cast to the compute type and the sum of gradients."""
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 import torch.distributed as dist
@@ -26,15 +27,15 @@ PRECISE = (RMSNorm, Router)
 def shard_over_data(
     model: nn.Module, meshes: Meshes, precision: Precision, reshard: bool = False, keep_copies: bool = False
 ) -> None:
-    """Wrap each layer's experts, all norms and routers, each layer's rest, then embedding and head, as groups.
+    """Wrap each layer's experts, all norms and routers, the layers' rest, then embedding and head, as groups.
 
     Norms and routers stay in float32 at least: they compute in it anyway, and the sum of their gradients over `tp`
-    runs in the type of the parameters. They are small, so one group gathers those of all layers at once. A layer's
-    rest, in an MoE model a small share of it, stays whole from its forward to its backward pass, unless `reshard`;
-    experts do not. Gradients are summed, not averaged: the loss is divided once by the tokens of the whole batch, so
-    experts, which meet the tokens of several data ranks, need no factor of their own. Experts that no other data rank
-    holds are left to themselves: FSDP would copy their weights and gradients several times. So is a whole model on
-    one rank.
+    runs in the type of the parameters. They are small, so one group gathers those of all layers at once. The layers'
+    rest, in an MoE model a small share of them, is gathered one group ahead (`layer_groups`) and stays whole from its
+    forward to its backward pass, unless `reshard`; experts do not. Gradients are summed, not averaged: the loss is
+    divided once by the tokens of the whole batch, so experts, which meet the tokens of several data ranks, need no
+    factor of their own. Experts that no other data rank holds are left to themselves: FSDP would copy their weights
+    and gradients several times. So is a whole model on one rank.
 
     Args:
         keep_copies: in the type of the computation, of what is left to itself: from step to step, not from its
@@ -64,17 +65,51 @@ def shard_over_data(
     norms_and_routers = [module for module in model.model.layers.modules() if isinstance(module, PRECISE)]
     fully_shard(norms_and_routers, mesh=dense, mp_policy=precise, reshard_after_forward=False)
     fully_shard(model.model.norm, mesh=dense, mp_policy=precise)  # apart: not run again by activation checkpointing
-    for layer in model.modules():
-        if isinstance(layer, DecoderLayer):
-            fully_shard(layer, mesh=dense, mp_policy=compute, ignored_params=alone, reshard_after_forward=reshard)
+    groups = layer_groups(list(model.model.layers), precision.compute.itemsize)
+    for group in groups:
+        fully_shard(group, mesh=dense, mp_policy=compute, ignored_params=alone, reshard_after_forward=reshard)
+    in_order = [group[0] for group in groups]
     if not model.is_tied:  # a tied weight stays in the last group, which spans both uses
         fully_shard(model.model.embed_tokens, mesh=dense, mp_policy=compute)
         fully_shard(model.lm_head, mesh=dense, mp_policy=compute, reshard_after_forward=False)
+        in_order = [model.model.embed_tokens, *in_order, model.lm_head]
     fully_shard(model, mesh=dense, mp_policy=compute, ignored_params=alone)
+    for module, following in pairwise(in_order):
+        module.set_modules_to_forward_prefetch([following])
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
+
+
+_GROUP_BYTES = 128 << 20
+"""That the gathered weights of several layers may have together."""
+
+
+def layer_groups(layers: list[DecoderLayer], itemsize: int) -> list[list[DecoderLayer]]:
+    """Successive layers whose rest, besides experts, norms and routers, is gathered and reduced as one.
+
+    FSDP's hooks and collectives keep the host a millisecond a group and pass, and small experts are done as fast as
+    the host can queue their work. The first layer is alone: nothing hides that it is gathered first and reduced last.
+
+    Args:
+        itemsize: bytes of a gathered number.
+    """
+    groups, width = [layers[:1]], _GROUP_BYTES
+    for layer in layers[1:]:
+        own = itemsize * _rest(layer)
+        if width + own > _GROUP_BYTES:
+            groups.append([])
+            width = 0
+        groups[-1].append(layer)
+        width += own
+    return groups
+
+
+def _rest(layer: DecoderLayer) -> int:
+    """Numbers of this tensor-parallel rank's part."""
+    apart = {p for module in layer.modules() if isinstance(module, (Experts, *PRECISE)) for p in module.parameters()}
+    return sum(local_part(parameter).numel() for parameter in layer.parameters() if parameter not in apart)
 
 
 def end_backward(model: nn.Module) -> None:
