@@ -13,6 +13,7 @@ import torch.nn.functional as F
 
 from moe_trainer.kernels.backend import has_kernel
 from moe_trainer.kernels.grouped_gemm import Multiply, expert_of_rows, outer, sum_rows
+from moe_trainer.kernels.keepable import keepable
 from moe_trainer.kernels.permute import Routes, gather_rows, sum_pairs
 
 Product = Callable[[torch.Tensor, str, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -90,7 +91,10 @@ class _SwigluExperts(torch.autograd.Function):
         clamp: Clamp | None,
     ) -> torch.Tensor:
         tokens = x if exchange is None else exchange.tokens()
-        gate_up = product(gather_rows(tokens, routes), "gate_up_proj", gate_up_proj, routes.offsets)
+        rows = gather_rows(tokens, routes)
+        with keepable():
+            gate_up = product(rows, "gate_up_proj", gate_up_proj, routes.offsets)
+        del rows
         top_k_weights = top_k_weights.contiguous()
         bias = None if gate_up_bias is None else gate_up_bias.flatten(1)
         ctx.save_for_backward(x, top_k_weights, gate_up, gate_up_proj, bias, down_proj)

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from moe_trainer.kernels.keepable import keepable
+
 
 def takes_packed(query: torch.Tensor, value: torch.Tensor) -> bool:
     """Whether `packed_attention` computes for these: on CUDA, in 16 bits, with heads that the kernel has room for."""
@@ -47,7 +49,8 @@ def packed_attention(
     if missing:  # the kernel wants values as wide as keys
         value = torch.nn.functional.pad(value, (0, missing))
     if sinks is None:
-        out = _attend(query, key, value, boundaries, longest, window, scale)[0]
+        with keepable():
+            out = _attend(query, key, value, boundaries, longest, window, scale)[0]
     else:
         out = _AttendWithSinks.apply(query, key, value, sinks, boundaries, longest, window, scale)
     return out[..., :-missing] if missing else out
@@ -69,7 +72,8 @@ class _AttendWithSinks(torch.autograd.Function):
         window: int | None,
         scale: float | None,
     ) -> torch.Tensor:
-        out, log_sum, *state = _attend(query, key, value, boundaries, longest, window, scale)[:4]
+        with keepable():
+            out, log_sum, *state = _attend(query, key, value, boundaries, longest, window, scale)[:4]
         total = torch.logaddexp(log_sum, sinks.to(log_sum.dtype).unsqueeze(1))  # [heads, tokens]
         # In one pass, and not in place: activation checkpointing may have kept what the kernel gave.
         out = torch.mul(out, (log_sum - total).exp().T.unsqueeze(-1), out=torch.empty_like(out))

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from moe_trainer.kernels.keepable import keepable
 from moe_trainer.kernels.packed_attention import batched, end_to_end, packed_attention, takes_packed
 from moe_trainer.models.documents import Documents
 from moe_trainer.models.linear import Linear
@@ -165,9 +166,10 @@ def attend(
         # Copied: fused kernels take a mask or grouped queries, not both.
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         groups = 1
-    return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
-    )
+    with keepable():
+        return F.scaled_dot_product_attention(
+            query, key, value, mask, is_causal=mask is None, scale=scale, enable_gqa=groups > 1
+        )
 
 
 def attend_documents(

@@ -5,6 +5,7 @@ from torch import nn
 
 from moe_trainer.kernels.experts import Clamp, Exchange, activate, combine_bias, exchanged, swiglu_experts
 from moe_trainer.kernels.grouped_gemm import Multiply, grouped_linear, multiply
+from moe_trainer.kernels.keepable import keepable
 from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
 from moe_trainer.models.capacity import within_capacity
 from moe_trainer.models.router import Router, Routing
@@ -77,19 +78,27 @@ class Experts(nn.Module):
     ) -> torch.Tensor:
         """`swiglu_experts` in several operations, which differentiate whatever a product is made of."""
         bias = weights["gate_up_bias"].flatten(1) if "gate_up_bias" in weights else None
-        gate_up = self.adapted_product(permute(x, routes), "gate_up_proj", weights, routes.offsets)
+        rows = permute(x, routes)
+        with keepable():
+            gate_up = self.product(rows, "gate_up_proj", weights["gate_up_proj"], routes.offsets)
+        gate_up = self.adapted(gate_up, rows, "gate_up_proj", weights, routes.offsets)
         activated = activate(gate_up, top_k_weights, routes, bias, self.clamp)
-        return combine(self.adapted_product(activated, "down_proj", weights, routes.offsets), routes)
+        out = self.product(activated, "down_proj", weights["down_proj"], routes.offsets)
+        return combine(self.adapted(out, activated, "down_proj", weights, routes.offsets), routes)
 
     def product(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Sorted rows [rows, in] times the weight of this name, gate before up: [rows, out]."""
         return grouped_linear(rows, weight.flatten(1, -2), offsets, self.multiply)
 
-    def adapted_product(
-        self, rows: torch.Tensor, name: str, weights: dict[str, torch.Tensor], offsets: torch.Tensor
+    def adapted(
+        self,
+        out: torch.Tensor,
+        rows: torch.Tensor,
+        name: str,
+        weights: dict[str, torch.Tensor],
+        offsets: torch.Tensor,
     ) -> torch.Tensor:
-        """As `product`, and what the experts' adapters, where there are any, add: see `models.lora`."""
-        out = self.product(rows, name, weights[name], offsets)
+        """The `product` of the rows, and what the experts' adapters, if any, add: see `models.lora`."""
         a, b = (weights.get(f"{name.removesuffix('_proj')}_lora_{half}") for half in "ab")
         if a is None:
             return out

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from moe_trainer.kernels.keepable import keepable
 from moe_trainer.kernels.router_gemm import router_logits
 
 
@@ -49,7 +50,8 @@ class Router(nn.Module):
     def choose(self, logits: torch.Tensor) -> Routing:
         """Logits [tokens, num_experts] -> the routing."""
         probabilities = logits.softmax(dim=-1)
-        weights, index = probabilities.topk(self.top_k)  # [tokens, top_k]
+        with keepable():
+            weights, index = probabilities.topk(self.top_k)  # [tokens, top_k]
         if self.norm_topk_prob:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(logits, probabilities, weights, index)
@@ -63,7 +65,8 @@ class BiasedRouter(Router):
         self.bias = nn.Parameter(torch.empty(num_experts))
 
     def choose(self, logits: torch.Tensor) -> Routing:
-        chosen, index = logits.topk(self.top_k)
+        with keepable():
+            chosen, index = logits.topk(self.top_k)
         return Routing(logits, logits.softmax(dim=-1), chosen.softmax(dim=-1), index)
 
 
@@ -92,7 +95,8 @@ class GroupedSigmoidRouter(Router):
 
     def choose(self, logits: torch.Tensor) -> Routing:
         scores = logits.sigmoid()
-        index = self._choose_index(scores.detach() + self.expert_bias)
+        with keepable():
+            index = self._choose_index(scores.detach() + self.expert_bias)
         weights = scores.gather(1, index)
         if self.norm_topk_prob:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_trainer.config.choices import Dispatch, Family, Recompute
 from moe_trainer.config.schema import Config, ModelConfig
+from moe_trainer.kernels.keepable import keepable
 from moe_trainer.models.router import Router
 from moe_trainer.testing.pool import run_distributed
 from moe_trainer.train import recompute as module
@@ -102,20 +103,25 @@ def test_what_is_computed_again(kind: Recompute, attention: int, products: int) 
     assert count.ran["aten::topk"] == layers
 
 
-def test_only_the_first_grouped_product_is_kept_whichever_kernel_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A narrow second product goes to another operator than the first; here two that a CPU has."""
-    monkeypatch.setattr(module, "_GROUPED_PRODUCTS", frozenset({"aten::mm", "aten::bmm"}))
+def test_an_operator_is_kept_where_it_is_keepable_and_computed_again_elsewhere() -> None:
     a, b = torch.randn(2, 3, 3), torch.randn(2, 3, 3)
-    keep, give = module._contexts(module._keeps_dear)
+
+    def layer() -> torch.Tensor:
+        with keepable():
+            first = a[0] @ b[0]
+            torch.bmm(a, b)  # is not named
+        a[1] @ b[1]
+        return first
+
+    keep, give = module._contexts({"aten::mm"})
     with keep:
-        first = a[0] @ b[0]
-        torch.bmm(a, b)
-        a[1] @ b[1]
+        first = layer()
     with Count() as count, give:
-        again = a[0] @ b[0]
-        torch.bmm(a, b)
-        a[1] @ b[1]
+        again = layer()
     assert again.equal(first) and (count.ran["aten::mm"], count.ran["aten::bmm"]) == (1, 1)
+    with Count() as count:
+        layer()
+    assert count.ran["aten::mm"] == 2  # outside both nothing is given
 
 
 def shaky(compute: Callable[..., Any]) -> Callable[..., Any]:

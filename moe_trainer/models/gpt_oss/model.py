@@ -6,6 +6,7 @@ from torch import nn
 
 from moe_trainer.config.schema import ModelConfig
 from moe_trainer.kernels.experts import Clamp
+from moe_trainer.kernels.keepable import keepable
 from moe_trainer.kernels.packed_attention import takes_packed
 from moe_trainer.models.attention import Attention, attend_packed, whole_mask, within
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
@@ -63,7 +64,9 @@ class SinkAttention(Attention):
         query = F.pad(F.pad(query, (0, 1), value=1.0), (0, 7))
         key = torch.cat((F.pad(key, (0, 8)), sink), dim=2)
         mask = F.pad(mask, (0, 1), value=True)
-        out = F.scaled_dot_product_attention(query, key, F.pad(value, (0, 8, 0, 1)), mask, scale=scale)
+        value = F.pad(value, (0, 8, 0, 1))
+        with keepable():
+            out = F.scaled_dot_product_attention(query, key, value, mask, scale=scale)
         return out[..., : self.head_dim]
 
     def attend_documents(

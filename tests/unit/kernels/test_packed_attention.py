@@ -136,17 +136,15 @@ def test_what_recomputation_has_kept_is_not_scaled_twice(monkeypatch: pytest.Mon
         query, key, value = ((x @ weight).view(6, 2, 8) for weight in (wq, wk, wv))
         return packed_attention(query, key, value, None, 6, None, None, sinks).flatten(1) @ wo
 
-    def gradients(keeps) -> tuple[torch.Tensor, ...]:
+    def gradients(kept) -> tuple[torch.Tensor, ...]:
         leaves = [part.clone().requires_grad_() for part in given]
-        contexts = partial(recompute._contexts, keeps)
-        out = (
-            layer(*leaves) if keeps is None else checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
-        )
+        contexts = partial(recompute._contexts, kept)
+        out = layer(*leaves) if kept is None else checkpoint(layer, *leaves, use_reentrant=False, context_fn=contexts)
         return torch.autograd.grad(out.square().sum(), leaves)
 
     expected = gradients(None)
-    for keeps in (recompute._keeps_choices, recompute._keeps_dear):
-        for found, right in zip(gradients(keeps), expected, strict=True):
+    for kept in (recompute._CHOICES, recompute._ATTENTION):
+        for found, right in zip(gradients(kept), expected, strict=True):
             torch.testing.assert_close(found, right)
 
 
