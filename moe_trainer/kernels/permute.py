@@ -23,6 +23,11 @@ class Routes(NamedTuple):
     top_k: int
     """Pairs of each token."""
 
+    def count_rows(self) -> "HostCount | None":
+        """How many rows have an expert here, for `trimmed`. In training, where rows are kept for the backward pass,
+        memory for all pairs would be several times what is needed."""
+        return HostCount(self.offsets[-1]) if torch.is_grad_enabled() else None
+
     def trimmed(self, num_rows: "HostCount | None") -> "Routes":
         """Without the rows of no expert, of which `offsets[-1]` is the first; None: with them."""
         return self if num_rows is None else self._replace(order=self.order[: num_rows.read()])
@@ -52,17 +57,20 @@ def tokens_per_expert(index: torch.Tensor, num_experts: int) -> torch.Tensor:
     return counts.scatter_add_(0, flat, torch.ones_like(flat))[:num_experts]
 
 
-def sort_by_expert(top_k_index: torch.Tensor, num_experts: int) -> Routes:
+def sort_by_expert(top_k_index: torch.Tensor, num_experts: int, first: int = 0) -> Routes:
     """Stable sort of the pairs by expert.
 
     Args:
-        top_k_index: [tokens, top_k]; from `num_experts` on the expert is not here, and its pairs come last.
+        top_k_index: [tokens, top_k], numbers of experts; the pairs of those that are not here come last.
+        num_experts: that are here.
+        first: the number of the first of them.
     """
     if has_sort(top_k_index):
         from moe_trainer.kernels.gpu import sort as gpu
 
-        return Routes(*gpu.sort(top_k_index.flatten(), num_experts), top_k_index.shape[1])
-    experts, order = top_k_index.flatten().sort(stable=True)
+        return Routes(*gpu.sort(top_k_index.flatten(), num_experts, first), top_k_index.shape[1])
+    local = top_k_index.flatten() - first
+    experts, order = local.masked_fill((local < 0) | (local > num_experts), num_experts).sort(stable=True)
     inverse = torch.empty_like(order)
     inverse[order] = torch.arange(len(order), device=order.device)
     numbers = torch.arange(num_experts, device=order.device)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
-from moe_trainer.kernels.permute import HostCount, Routes, combine, permute, sort_by_expert
+from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
 from moe_trainer.parallel.collectives import (
     Pending,
     all_gather,
@@ -50,20 +50,13 @@ class TokenExchange:
         return pending.wait()
 
 
-def local_index(top_k_index: torch.Tensor, num_experts: int, group: ProcessGroup) -> torch.Tensor:
-    """Global expert numbers -> this rank's own from 0 on, and past them those of other ranks.
+def sort_for_rank(top_k_index: torch.Tensor, num_experts: int, group: ProcessGroup) -> Routes:
+    """The pairs sorted by this rank's experts.
 
-    Experts are dealt in blocks: rank r holds experts `r * num_experts / ranks` and on. `num_experts`, which stands
-    for no expert, stays as it is.
+    Experts are dealt in blocks: rank r holds experts `r * num_experts / ranks` and on.
     """
-    local = (top_k_index - group.rank() * (num_experts // group.size())) % num_experts
-    return local.masked_fill(top_k_index == num_experts, num_experts)
-
-
-def held_rows(index: torch.Tensor, num_experts: int, group: ProcessGroup) -> HostCount | None:
-    """How many pairs `local_index` left to this rank: in training, where rows are kept for the backward pass, memory
-    for all pairs would be several times what is needed. Counted before the tokens are gathered, which hides it."""
-    return HostCount((index < num_experts // group.size()).sum()) if torch.is_grad_enabled() else None
+    num_local = num_experts // group.size()
+    return sort_by_expert(top_k_index, num_local, group.rank() * num_local)
 
 
 def gathered_experts(
@@ -84,13 +77,13 @@ def gathered_experts(
         top_k_weights: [tokens, top_k].
         sizes: tokens of each rank.
     """
-    index = local_index(all_gather(top_k_index, 0, sizes, group), num_experts, group)
-    num_rows = held_rows(index, num_experts, group)
-    top_k_weights = all_gather(top_k_weights, 0, sizes, group)
+    top_k_index = all_gather(top_k_index, 0, sizes, group)
     exchange = TokenExchange(sizes, group)
-    exchange.start(x.detach())
-    routes = sort_by_expert(index, num_experts // group.size()).trimmed(num_rows)
-    return reduce_scatter(compute(x, routes, top_k_weights, exchange), 0, sizes, group)
+    exchange.start(x.detach())  # hides the sort, and that the host waits for its count
+    routes = sort_for_rank(top_k_index, num_experts, group)
+    num_rows = routes.count_rows()
+    top_k_weights = all_gather(top_k_weights, 0, sizes, group)
+    return reduce_scatter(compute(x, routes.trimmed(num_rows), top_k_weights, exchange), 0, sizes, group)
 
 
 def exchanged_experts(

@@ -17,13 +17,13 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 
 from moe_trainer.config.choices import Dispatch
 from moe_trainer.kernels.experts import Exchange
-from moe_trainer.kernels.permute import Routes, sort_by_expert
+from moe_trainer.kernels.permute import Routes
 from moe_trainer.models.linear import Embedding, Linear
 from moe_trainer.models.moe import Experts
 from moe_trainer.models.norm import RMSNorm
 from moe_trainer.models.router import Routing
 from moe_trainer.parallel.collectives import all_gather, all_reduce, copy_to_group, gather_replicated, reduce_scatter
-from moe_trainer.parallel.dispatch import exchanged_experts, gathered_experts, held_rows, local_index
+from moe_trainer.parallel.dispatch import exchanged_experts, gathered_experts, sort_for_rank
 from moe_trainer.parallel.mesh import Meshes
 from moe_trainer.parallel.sequence import SequenceShards
 
@@ -314,11 +314,10 @@ def _moe_experts_allreduce(module: Experts, context: ParallelContext) -> Callabl
     group = context.group("ep")
 
     def forward(x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
-        index = local_index(top_k_index, module.num_experts, group)
-        num_rows = held_rows(index, module.num_experts, group)
+        routes = sort_for_rank(top_k_index, module.num_experts, group)
+        num_rows = routes.count_rows()
         weights, x = _expert_weights(module), copy_to_group(x, group)
-        routes = sort_by_expert(index, module.num_experts // group.size()).trimmed(num_rows)
-        return all_reduce(module.compute_routes(x, routes, top_k_weights, weights), group)
+        return all_reduce(module.compute_routes(x, routes.trimmed(num_rows), top_k_weights, weights), group)
 
     return forward
 

@@ -86,13 +86,14 @@ def test_rows(dtype: torch.dtype, width: int) -> None:
 
 @pytest.mark.parametrize("num_experts", (1, 5, 64, 200))
 @pytest.mark.parametrize("tokens", (0, 1, 700))
-def test_sort(tokens: int, num_experts: int) -> None:
-    """Also heavy skew, experts without a pair, and pairs of experts elsewhere."""
+@pytest.mark.parametrize("first", (0, 3))
+def test_sort(tokens: int, num_experts: int, first: int) -> None:
+    """Also heavy skew, experts without a pair, and pairs of experts elsewhere, before and after these."""
     generator = torch.Generator().manual_seed(tokens + num_experts)
     skewed = (torch.rand(tokens, TOP_K, generator=generator) ** 4 * 1.3 * num_experts).long()
     for index in (skewed, torch.full_like(skewed, num_experts - 1), torch.full_like(skewed, 2 * num_experts)):
-        ours = Routes(*gpu_sort.sort(index.flatten().to(DEVICE), num_experts), TOP_K)
-        exact = sort_by_expert(index, num_experts)
+        ours = Routes(*gpu_sort.sort(index.flatten().to(DEVICE), num_experts, first), TOP_K)
+        exact = sort_by_expert(index, num_experts, first)
         end = int(exact.offsets[-1])
         assert torch.equal(ours.offsets.cpu(), exact.offsets) and ours.offsets.dtype == exact.offsets.dtype
         assert torch.equal(ours.order[:end].cpu(), exact.order[:end])

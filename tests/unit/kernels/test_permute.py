@@ -33,6 +33,14 @@ def test_sorted_by_expert(name: str) -> None:
         assert pairs.tolist() == sorted(pairs.tolist())
 
 
+def test_experts_before_the_first_and_past_the_last_come_last() -> None:
+    routes = sort_by_expert(torch.tensor([[5, 0], [2, 3], [1, 6], [3, 4]]), 2, first=2)
+    assert routes.offsets.tolist() == [1, 3]
+    assert routes.order.tolist()[:3] == [2, 3, 6]
+    assert sorted(routes.order.tolist()[3:]) == [0, 1, 4, 5, 7]
+    assert routes.inverse[routes.order].tolist() == list(range(8))
+
+
 def naive(tokens: torch.Tensor, weights: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Expert e squares its tokens and multiplies by e + 1; experts elsewhere give nothing."""
     out = 0 * tokens + 0 * weights.sum()
