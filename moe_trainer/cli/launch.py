@@ -202,7 +202,7 @@ def _tell(failures: "dict[int, ProcessFailure]", world_size: int) -> int:
         if mistakes[0]:
             print(mistakes[0], file=sys.stderr)
         return 2
-    rank = min(failures, key=lambda rank: (_consequence(failures[rank]), failures[rank].timestamp, rank))
+    rank = min(failures, key=lambda rank: (_consequence(rank, failures[rank]), failures[rank].timestamp, rank))
     first = failures[rank]
     message = _message(first)
     if message:
@@ -211,9 +211,11 @@ def _tell(failures: "dict[int, ProcessFailure]", world_size: int) -> int:
     how = f"was killed by {first.signal_name()}" if killed else f"left with code {first.exitcode}"
     folder = launch_folder()
     if folder is not None:
-        lost = [rank for rank, failure in failures.items() if failure.exitcode < 0 and not _consequence(failure)]
+        lost = [
+            rank for rank, failure in failures.items() if failure.exitcode < 0 and not _consequence(rank, failure)
+        ]
         (folder / _LOST).write_text(json.dumps(lost))
-        if _TIMED_OUT.search(message) or first.exitcode == -signal.SIGABRT:
+        if _TIMED_OUT.search(message) or _ended_by_nccl(rank, first):
             print("\n".join(["where the ranks were:", *describe_ranks(folder, world_size)]), file=sys.stderr)
     print(f"rank {rank} {how}; the other ranks were ended", file=sys.stderr)
     return 1
@@ -224,14 +226,21 @@ def _message(failure: "ProcessFailure") -> str:
     return str(failure.error_file_data.get("message") or "") if os.path.isfile(failure.error_file) else ""
 
 
-def _consequence(failure: "ProcessFailure") -> int:
+def _consequence(rank: int, failure: "ProcessFailure") -> int:
     """0 for a rank that was killed or failed by itself, 1 for one that lost another rank, 2 for one told to end."""
     if failure.exitcode in (-signal.SIGTERM, 128 + signal.SIGTERM):
         return 2
-    if failure.exitcode == -signal.SIGABRT:  # NCCL's own time-out
+    if _ended_by_nccl(rank, failure):
         return 1
     last_line = _message(failure).strip().rpartition("\n")[2]
     return int(failure.exitcode > 0 and bool(_OF_THE_GROUP.search(last_line)))
+
+
+def _ended_by_nccl(rank: int, failure: "ProcessFailure") -> bool:
+    """By its own time-out. That ends the process with other threads at work, so now and then it is a SIGSEGV."""
+    folder = launch_folder()
+    has_dump = folder is not None and (folder / f"{NCCL_DUMP}{rank}").exists()
+    return failure.exitcode == -signal.SIGABRT or (has_dump and failure.exitcode == -signal.SIGSEGV)
 
 
 if __name__ == "__main__":

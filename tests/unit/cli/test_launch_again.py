@@ -153,6 +153,21 @@ def test_the_rank_that_failed_by_itself_is_told_of(
     assert json.loads((tmp_path / "lost.json").read_text()) == lost
 
 
+@pytest.mark.parametrize("has_dump", [True, False])
+def test_nccl_s_time_out_may_end_a_rank_by_a_segmentation_fault(
+    has_dump: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seen on two H200: then its dump is there, and no GPU is taken for lost."""
+    monkeypatch.setenv("MOE_TRAINER_LAUNCH_FOLDER", str(tmp_path))
+    if has_dump:
+        (tmp_path / "nccl_rank0").write_bytes(pickle.dumps({"entries": []}, 2))
+    made = {0: failure(-11, "", tmp_path, 0), 1: failure(-15, "", tmp_path, 1)}
+    assert module._tell(made, 2) == 1
+    err = capsys.readouterr().err
+    assert "rank 0 was killed by SIGSEGV" in err and ("where the ranks were:" in err) == has_dump
+    assert json.loads((tmp_path / "lost.json").read_text()) == ([] if has_dump else [0])
+
+
 def test_ranks_that_left_no_note_are_listed_too(tmp_path: Path) -> None:
     (tmp_path / "rank0.step").write_text("7           ")
     (tmp_path / "rank0.json").write_text(json.dumps({"where": "loss.py:3 f (wait)", "collective": "all_reduce #5"}))
