@@ -89,8 +89,8 @@ def compose(command: str, overrides: list[str]) -> Any:
     keys = {key.name: key for key in keys_of(SCHEMAS[command])}
     texts, others = _split_texts(overrides, keys)
     refuse_resolvers("the command line", dict(enumerate(others)))
-    parsed = _parse(others)
     groups = config_groups() if command == "train" else {}
+    parsed = _parse(others, keys, groups)
     for override in parsed:
         _check_override(override, keys, groups)
     recipe = next((override.value() for override in parsed if override.key_or_group == "recipe"), None)
@@ -151,18 +151,34 @@ def _set_texts(result: Any, texts: dict[str, str | None]) -> None:
         setattr(reduce(getattr, nodes, result), field, text)
 
 
-def _parse(overrides: list[str]) -> list[Override]:
+def _parse(overrides: list[str], keys: dict[str, Key], groups: dict[str, list[str]]) -> list[Override]:
     parser = OverridesParser.create()
     parsed = []
     for override in overrides:
-        if not re.match(r"[^=]+=", override):
-            raise ConfigError(f"{override!r} is not of the form key=value")
+        if not re.match(r"[^=-][^=]*=", override):
+            raise ConfigError(f"{override!r} is not of the form key=value{_meant(override, keys, groups)}")
         try:
             parsed.append(parser.parse_override(override))
         except (HydraException, ValueError, RecursionError) as error:  # thousands of digits, or of brackets
             key = override.partition("=")[0]
             raise ConfigError(f"{override}: the value of {key} cannot be read") from error
     return parsed
+
+
+def _meant(argument: str, keys: dict[str, Key], groups: dict[str, list[str]]) -> str:
+    """`; did you mean X?` for what other programs take: options with dashes, names and paths without a key."""
+    bare = argument.lstrip("-")
+    name, equals, value = bare.partition("=")
+    first = next(iter(keys.values()))
+    if groups and (name == "recipe" or bare in recipes()):
+        meant = f"+recipe={(value if equals else bare) if bare != 'recipe' else 'NAME'}"
+    elif name in keys or name in groups:
+        meant = f"{name}={value if equals else 'VALUE'}"
+    elif not groups and first.is_text and bare == argument and not equals:
+        meant = f"{first.name}={argument}"
+    else:
+        return ""
+    return f"; did you mean {meant}?"
 
 
 def _forced(override: str, keys: dict[str, Key]) -> str:

@@ -131,7 +131,11 @@ def _tokenizer(data: DataConfig, folders: list[_Folder]) -> Tokenizer:
         if folder.index.tokenizer != first.index.tokenizer:
             raise ConfigError(f"{folder.path} and {first.path} were prepared with different tokenizers")
     if data.tokenizer is not None and digest(load_tokenizer(data.tokenizer)) != first.index.tokenizer:
-        raise ConfigError(f"data.tokenizer={data.tokenizer} is not what {first.path} was made with; leave it unset")
+        size = first.tokenizer.get_vocab_size()
+        raise ConfigError(
+            f"data.tokenizer={data.tokenizer}, on the command line or in the recipe, is not what {first.path} was made "
+            f"with: give data.tokenizer=null, which takes its own, and model.vocab_size={size} or more"
+        )
     return first.tokenizer
 
 

@@ -138,7 +138,13 @@ def test_resolvers_are_told_from_colons(value: str, is_allowed: bool) -> None:
         (["steps=range(1,3)"], "one value is wanted"),
         (["~steps=1"], "~steps=1: keys cannot be removed"),
         (["steps"], "'steps' is not of the form key=value"),
+        (["steps"], "'steps' is not of the form key=value; did you mean steps=VALUE?"),
         (["--multirun"], "'--multirun' is not of the form key=value"),
+        (["--steps=20"], "'--steps=20' is not of the form key=value; did you mean steps=20?"),
+        (["--model", "mixtral_tiny"], "'--model' is not of the form key=value; did you mean model=VALUE?"),
+        (["--recipe", "mixtral_tp"], "'--recipe' is not of the form key=value; did you mean +recipe=NAME?"),
+        (["--recipe=mixtral_tp"], "did you mean +recipe=mixtral_tp?"),
+        (["mixtral_tp"], "'mixtral_tp' is not of the form key=value; did you mean +recipe=mixtral_tp?"),
         (["=3"], "'=3' is not of the form key=value"),
         (["model=mixtral_huge"], "qwen3_30b_a3b, qwen3_moe_code, qwen3_moe_tiny, or give model.KEY=VALUE"),
         (["recipe=mixtral_tp"], "recipe=mixtral_tp: write +recipe=mixtral_tp"),
@@ -152,6 +158,14 @@ def test_mistake_is_one_line_that_names_the_key(overrides: list[str], message: s
         compose("train", overrides)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("command", ["generate", "eval", "export", "inspect"])
+def test_a_bare_path_is_told_its_key(command: str) -> None:
+    with pytest.raises(
+        ConfigError, match="^'runs/a' is not of the form key=value; did you mean checkpoint=runs/a\\?$"
+    ):
+        compose(command, ["runs/a"])
 
 
 def test_no_key_is_offered_where_none_is_near() -> None:
