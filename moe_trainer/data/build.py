@@ -133,8 +133,8 @@ def _tokenizer(data: DataConfig, folders: list[_Folder]) -> Tokenizer:
     if data.tokenizer is not None and digest(load_tokenizer(data.tokenizer)) != first.index.tokenizer:
         size = first.tokenizer.get_vocab_size()
         raise ConfigError(
-            f"data.tokenizer={data.tokenizer}, on the command line or in the recipe, is not what {first.path} was made "
-            f"with: give data.tokenizer=null, which takes its own, and model.vocab_size={size} or more"
+            f"data.tokenizer={data.tokenizer}, as given or in the recipe, is not what {first.path} was made with: "
+            f"give data.tokenizer=null, which takes its own, and model.vocab_size={size} or more"
         )
     return first.tokenizer
 
