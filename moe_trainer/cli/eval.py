@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     import torch
 
 
+_OF_TRAINING = ("data.text", "data.validation_path", "data.prepare", "data.tokenizer")
+"""Keys that `moe-eval` shares with training's schema, and refuses or does not read."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Entry point of `moe-eval`; returns the exit code."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -34,7 +38,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def _eval(argv: list[str]) -> int:
     if "--help" in argv or "-h" in argv:
-        print(f"usage: moe-eval checkpoint=DIR data.path=FILE [key=value ...]\n\n{keys_help(EvaluateConfig())}")
+        keys = keys_help(EvaluateConfig(), _OF_TRAINING)
+        print(f"usage: moe-eval checkpoint=DIR data.path=FILE [key=value ...]\n\n{keys}")
         return 0
     cfg = compose("eval", argv)
     world_size = world_size_from_env()

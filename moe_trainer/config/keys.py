@@ -52,10 +52,16 @@ def keys_of(schema: type, prefix: str = "") -> Iterator[Key]:
         yield Key(name, plain, optional, docs.get(field.name, ""))
 
 
-def keys_help(cfg: Any) -> str:
-    """A line for each key of the config object, `name=value  (type)`, and its text below."""
+def keys_help(cfg: Any, without: tuple[str, ...] = ()) -> str:
+    """A line for each key of the config object, `name=value  (type)`, and its text below.
+
+    Args:
+        without: keys and nodes, dotted, that the command has no use for.
+    """
     lines = []
     for key in keys_of(type(cfg)):
+        if any(f"{key.name}.".startswith(f"{name}.") for name in without):
+            continue
         value = reduce(getattr, key.name.split("."), cfg)
         lines.append(f"  {key.name}={'unset' if value is None else _plain(value)}  ({_type_name(key.type)})")
         lines += textwrap.wrap(key.doc, 110, initial_indent="      ", subsequent_indent="      ")
@@ -77,7 +83,9 @@ def _field_docs(schema: type) -> dict[str, str]:
 def _type_name(kind: Any) -> str:
     if isinstance(kind, type) and issubclass(kind, Enum):
         return "|".join(member.name for member in kind)
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    if of := typing.get_args(kind):
+        return f"{typing.get_origin(kind).__name__}[{', '.join(map(_type_name, of))}]"
+    return kind.__name__
 
 
 def _plain(value: Any) -> str:

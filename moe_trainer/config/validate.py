@@ -137,6 +137,10 @@ def validate_evaluate(
     """The evaluation that `cfg` describes, with a concrete mesh and, once `num_gpus` is known, a concrete device; see
     `validate`. What depends on the model's shape is checked when the checkpoint is open."""
     _check_checkpoint(cfg.checkpoint)
+    if cfg.data.text is not None:
+        raise ConfigError("data.text: put the text to evaluate on into a file, and give data.path=FILE")
+    if cfg.data.validation_path is not None:
+        raise ConfigError(f"data.validation_path={cfg.data.validation_path}: give it as data.path")
     if cfg.data.path is None and not cfg.data.mixture:
         raise ConfigError("data.path=FILE must be given: a text to evaluate on, or a folder of moe-data prepare")
     if cfg.data.tokenizer is not None:

@@ -226,6 +226,8 @@ def test_moe_eval_names_the_data_that_it_was_given(folder: Path) -> None:
     [
         ([], "moe-eval: checkpoint=DIR must be given"),
         (["checkpoint=."], "moe-eval: data.path=FILE must be given: a text to evaluate on"),
+        (["checkpoint=.", "data.text=abc"], "moe-eval: data.text: put the text to evaluate on into a file"),
+        (["checkpoint=.", "data.validation_path=a", "data.path=b"], "moe-eval: data.validation_path=a: give it as"),
         (["checkpoint=.", "data.path=x"], "moe-eval: data.path=x: there is no such file"),
         (["checkpoint=.", "data.path=held_out.jsonl", "batches=0"], "moe-eval: batches=0 must be at least 1"),
         (["checkpoint=.", "data.path=held_out.jsonl", "data.tokenizer=byte"], "moe-eval: data.tokenizer=byte: leave"),

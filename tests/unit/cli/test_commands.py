@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from moe_trainer.cli import checkpoint, generate, train
+from moe_trainer.cli import eval as evaluate
 from moe_trainer.config.choices import DeviceName
 from moe_trainer.config.schema import Config, ModelConfig
 from moe_trainer.models.mixtral.hf import hf_config
@@ -103,6 +104,13 @@ def test_help_names_every_recipe_and_key(capsys: pytest.CaptureFixture[str]) -> 
         "checkpoint.resume=none  (str)",
     ):
         assert expected in text
+    assert "optim.groups=[]  (list[GroupConfig])" in text and "moe_trainer." not in text
+    assert evaluate.main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert "data.path=unset" in text and "data.packing=" in text
+    assert not any(
+        f"  {key}" in text for key in ("data.text", "data.tokenizer", "data.prepare", "data.validation_path")
+    )
     assert generate.main(["-h"]) == 0 and "max_new_tokens=256  (int)" in capsys.readouterr().out
     assert checkpoint.main(["export", "--help"]) == 0 and "max_shard_size=5GB" in capsys.readouterr().out
 
