@@ -205,7 +205,7 @@ def sharded_model(case: Case, keep_copies: bool = False) -> tuple[CausalLM, Loss
     model, context = build_model(case.model, case.parallel, meshes, case.dtype, case.lora)
     recompute_layers(model, case.recompute)
     precision = Precision(case.compute or case.dtype, case.dtype, reduce)
-    shard_over_data(model, meshes, precision, keep_copies=keep_copies)
+    shard_over_data(model, meshes, precision, case.parallel.reshard_after_forward, keep_copies)
     model.to_empty(device=case.device)
     initialize(model, 0, case.model.initializer_range)
     (encode if case.clear_routing else bend)(model)

@@ -28,17 +28,21 @@ def train_in_groups(limits: list[int], case: Case) -> list[Outcome]:
     return outcomes
 
 
+@pytest.mark.parametrize("reshard", [False, True])
 @pytest.mark.parametrize("recompute", [Recompute.none, Recompute.full])
-def test_one_by_one_in_pairs_and_all_together(recompute: Recompute) -> None:
+def test_one_by_one_in_pairs_and_all_together(recompute: Recompute, reshard: bool) -> None:
     """Two ranks: a sum of two numbers has one order."""
-    case = Case.accumulating(mesh("sp_ep", fsdp=2, ep=2), torch.float64, DEEP, steps=3)
+    parallel = replace(mesh("sp_ep", fsdp=2, ep=2), reshard_after_forward=reshard)
+    case = Case.accumulating(parallel, torch.float64, DEEP, steps=3)
     limits = [BYTES_OF_A_LAYER * layers for layers in (1, 2, 4)]
     single, *others = run_distributed(train_in_groups, 2, limits, replace(case, recompute=recompute))[0]
     assert [same_bits(other, single) for other in others] == [[], []]
 
 
 def test_groups_of_layers_give_what_one_process_gives() -> None:
-    check([Case.accumulating(mesh("sp_ep", fsdp=2, ep=2), torch.float64, DEEP)], 2)
+    kept = mesh("sp_ep", fsdp=2, ep=2)
+    resharding = replace(kept, reshard_after_forward=True)
+    check([Case.accumulating(parallel, torch.float64, DEEP) for parallel in (kept, resharding)], 2)
     check([Case.accumulating(mesh("sp_ep", fsdp=2, tp=2), torch.float64, DEEP)], 4)
 
 
