@@ -81,14 +81,14 @@ def unigram_entropy(counts: np.ndarray) -> float:
 
 def _write(cfg: PrepareConfig, files: list[Path], request: str, folder: Path, progress: Progress, keys: Keys) -> None:
     """All files of the folder, the index last."""
-    reader = _Reader(files, cfg.skip_bad, progress)
+    reader = _Reader(files, cfg.skip_bad, keys, progress)
     template_folder = None if cfg.tokenizer == "byte" else Path(cfg.tokenizer).parent
     template = ChatTemplate.load(template_folder, cfg.chat_template)
     tokenizer = _tokenizer(cfg, folder, template, reader, keys)
     done = [Record.read(path) for path in sorted(folder.glob("shard-*.json"))]
     if done:
         _logger.info("%s: goes on after %d finished shards", folder, len(done))
-    writer = ShardWriter(cfg, folder, tokenizer, template, done, keys.prefix)
+    writer = ShardWriter(cfg, folder, tokenizer, template, done, keys)
     writer.write(reader.documents("encoding"))
     entries = {
         split: [e for record in writer.records for e in getattr(record, split)] for split in (TRAIN, VALIDATION)
@@ -170,7 +170,7 @@ def _tokenizer(
             tokenizer = load_tokenizer(cfg.tokenizer, f"{keys.prefix}tokenizer")
         else:
             texts = (
-                _text(document, template, cfg.skip_bad)
+                _text(document, template, cfg.skip_bad, keys)
                 for document in reader.documents("training the tokenizer")
                 if not is_held_out(document, cfg.validation_share, cfg.seed)
             )
@@ -179,15 +179,15 @@ def _tokenizer(
     return load_tokenizer(str(path), None)
 
 
-def _text(document: Document, template: ChatTemplate | None, skip_bad: bool) -> str | None:
+def _text(document: Document, template: ChatTemplate | None, skip_bad: bool, keys: Keys) -> str | None:
     """What the tokenizer is trained on; None: nothing of it."""
     if document.messages is None or template is None:
         return document.text
     try:
         return template.render(document).text
-    except ConfigError:
+    except ConfigError as error:
         if not skip_bad:
-            raise
+            raise keys.bad_document(error) from error
         return None
 
 
@@ -197,6 +197,7 @@ class _Reader:
 
     files: list[Path]
     skip_bad: bool
+    keys: Keys
     progress: Progress
     skipped: int = 0
 
@@ -210,7 +211,7 @@ class _Reader:
             for document in read_file(path):
                 if isinstance(document, ConfigError):
                     if not self.skip_bad:
-                        raise document
+                        raise self.keys.bad_document(document)
                     self.skipped += 1
                     continue
                 number += 1

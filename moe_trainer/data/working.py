@@ -22,6 +22,10 @@ class Keys(NamedTuple):
     prefix: str = ""
     out: str = "out"
 
+    def bad_document(self, error: ConfigError) -> ConfigError:
+        """What is wrong with a document, and how to go on without it."""
+        return ConfigError(f"{error}; {self.prefix}skip_bad=true leaves such documents out")
+
 
 @contextmanager
 def working_folder(out: Path, request: str, keys: Keys) -> Iterator[Path | None]:

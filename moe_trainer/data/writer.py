@@ -15,6 +15,7 @@ from moe_trainer.data.chat import ChatTemplate, Rendered, encode_conversations
 from moe_trainer.data.shards import TRAIN, VALIDATION, Encoded, ShardEntry, write_durably, write_shard
 from moe_trainer.data.sources import Document
 from moe_trainer.data.tokenizer import encode_texts, highest_id
+from moe_trainer.data.working import Keys
 
 _ENCODE_AT_ONCE = 1024
 _CHARACTERS_AT_ONCE = 1 << 22
@@ -61,11 +62,11 @@ class ShardWriter:
         tokenizer: Tokenizer,
         template: ChatTemplate | None,
         records: list[Record],
-        prefix: str = "",
+        keys: Keys,
     ) -> None:
         """
         Args:
-            prefix: of the keys of `cfg`, for errors.
+            keys: what errors call those of `cfg`.
         """
         self.records = records
         self.skipped = sum(record.skipped for record in records)
@@ -77,7 +78,7 @@ class ShardWriter:
             )
         self.dtype = "uint16" if self._highest_id < 1 << 16 else "uint32"
         self._cfg = cfg
-        self._prefix = prefix
+        self._keys = keys
         self._folder = folder
         self._tokenizer = tokenizer
         self._template = template
@@ -90,7 +91,7 @@ class ShardWriter:
             number += 1
             if isinstance(encoded, ConfigError):
                 if not self._cfg.skip_bad:
-                    raise encoded
+                    raise self._keys.bad_document(encoded)
                 self.skipped += 1
                 continue
             held_out = is_held_out(document, self._cfg.validation_share, self._cfg.seed)
@@ -149,8 +150,8 @@ class ShardWriter:
     def _render(self, document: Document) -> Rendered | ConfigError:
         if self._template is None:
             raise ConfigError(
-                f"{document.where}: `messages` need a chat template: give {self._prefix}chat_template=FILE, or a "
-                "tokenizer with chat_template.jinja beside it"
+                f"{document.where}: `messages` need a chat template: give {self._keys.prefix}chat_template=FILE, or "
+                "a tokenizer with chat_template.jinja beside it"
             )
         try:
             return self._template.render(document)

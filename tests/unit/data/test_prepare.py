@@ -307,17 +307,21 @@ def test_unigram_entropy_is_of_the_training_tokens(tmp_path: Path) -> None:
 )
 def test_a_bad_document_is_named_and_nothing_is_left(tmp_path: Path, content: str, problem: str) -> None:
     (tmp_path / "b.jsonl").write_text(content)
-    with pytest.raises(ConfigError, match=f"b.jsonl.*{problem}"):
+    with pytest.raises(ConfigError, match=f"b.jsonl.*{problem}") as caught:
         prepare(PrepareConfig([str(tmp_path / "b.jsonl")]), tmp_path / "out")
+    can_be_left_out = "chat template" not in problem
+    assert str(caught.value).endswith("; skip_bad=true leaves such documents out") == can_be_left_out
     assert {path.name for path in tmp_path.iterdir()} == {"b.jsonl"}
 
 
 def test_mistakes_in_the_data_of_a_run_name_its_keys(tmp_path: Path) -> None:
     keys = Keys("data.prepare.", "data.path")
     (tmp_path / "a.jsonl").write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    (tmp_path / "b.txt").write_text("")
     cfg = PrepareConfig([str(tmp_path / "a.jsonl")])
     for changes, out, problem in (
         ({}, tmp_path / "out", "line 1: .* give data.prepare.chat_template=FILE"),
+        ({"inputs": [str(tmp_path / "b.txt")]}, tmp_path / "out", "b.txt: .* data.prepare.skip_bad=true leaves"),
         ({"exclude": ["*"]}, tmp_path / "out", "data.prepare.exclude leaves out all 1 files"),
         ({"inputs": ["none"]}, tmp_path / "out", "data.prepare.inputs: none names no file"),
         ({}, tmp_path, "data.path=.* exists already"),
