@@ -170,8 +170,10 @@ def _meant(argument: str, keys: dict[str, Key], groups: dict[str, list[str]]) ->
     bare = argument.lstrip("-")
     name, equals, value = bare.partition("=")
     first = next(iter(keys.values()))
-    if groups and (name == "recipe" or bare in recipes()):
-        meant = f"+recipe={(value if equals else bare) if bare != 'recipe' else 'NAME'}"
+    if groups and bare in recipes():
+        meant = f"+recipe={bare}"
+    elif groups and name == "recipe":
+        meant = f"+recipe={value if equals else 'NAME'}"
     elif name in keys or name in groups:
         meant = f"{name}={value if equals else 'VALUE'}"
     elif not groups and first.is_text and bare == argument and not equals:

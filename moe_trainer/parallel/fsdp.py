@@ -51,17 +51,14 @@ def shard_over_data(
                 compute_with_copies(module, precision.compute, keep_copies)
         return
     alone: set[nn.Parameter] = set()
-    for layer in model.modules():
-        if not isinstance(layer, DecoderLayer):
-            continue
-        for experts in layer.modules():
-            if isinstance(experts, Experts) and is_alone(experts, expert):
-                _as_dtensors(experts, expert)
-                compute_with_copies(experts, precision.compute, keep_copies)
-                alone.update(experts.parameters())
-            elif isinstance(experts, Experts):
-                placement = expert_shard_dim(experts, expert)
-                fully_shard(experts, mesh=expert, mp_policy=compute, shard_placement_fn=placement)
+    for experts in model.modules():
+        if isinstance(experts, Experts) and is_alone(experts, expert):
+            _as_dtensors(experts, expert)
+            compute_with_copies(experts, precision.compute, keep_copies)
+            alone.update(experts.parameters())
+        elif isinstance(experts, Experts):
+            placement = expert_shard_dim(experts, expert)
+            fully_shard(experts, mesh=expert, mp_policy=compute, shard_placement_fn=placement)
     norms_and_routers = [module for module in model.model.layers.modules() if isinstance(module, PRECISE)]
     fully_shard(norms_and_routers, mesh=dense, mp_policy=precise, reshard_after_forward=False)
     fully_shard(model.model.norm, mesh=dense, mp_policy=precise)  # apart: not run again by activation checkpointing
