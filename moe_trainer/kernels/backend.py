@@ -4,6 +4,9 @@ import os
 
 import torch
 
+uses_reference = os.environ.get("MOE_TRAINER_KERNELS") == "reference"
+"""Read once: a layer asks fifty times."""
+
 
 def has_kernel(x: torch.Tensor) -> bool:
     """Whether a kernel of ours computes for this tensor: on CUDA, in bfloat16 or float32, unless the environment has
@@ -23,4 +26,4 @@ def has_sort(index: torch.Tensor) -> bool:
 
 
 def _is_on(x: torch.Tensor) -> bool:
-    return x.is_cuda and os.environ.get("MOE_TRAINER_KERNELS") != "reference"
+    return x.is_cuda and not uses_reference

@@ -24,27 +24,24 @@ def router_logits(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 class _RouterLogits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        terms = torch.cat(bfloat16_terms(weight))  # [3 * num_experts, hidden]
+        from moe_trainer.kernels.gpu.bfloat16_terms import stacked_terms
+
+        terms = stacked_terms(weight)  # [4, num_experts, hidden]
         ctx.save_for_backward(x, terms)
-        return _mm(x, terms.t()).unflatten(1, (3, -1)).sum(1)
+        return _mm(x, terms[1:].flatten(0, 1).t()).unflatten(1, (3, -1)).sum(1)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from moe_trainer.kernels.gpu.bfloat16_terms import joined_terms
+
         x, terms = ctx.saved_tensors
-        grads, weights = bfloat16_terms(grad), terms.chunk(3)
-        grad_weight = _mm(torch.cat(grads, 1).t(), x).unflatten(0, (3, -1)).sum(0)
-        # The result is rounded to bfloat16: products of the second terms are below that.
-        left = torch.cat((grads[0], grads[0], grads[1]), 1)
-        grad_x = left @ torch.cat((weights[0], weights[1], weights[0]))
+        grads = joined_terms(grad)  # [tokens, 4 * num_experts]
+        num_experts = grad.shape[1]
+        grad_weight = _mm(grads[:, : 3 * num_experts].t(), x).unflatten(0, (3, -1)).sum(0)
+        # The result is rounded to bfloat16. What counts are products of two first terms, and of a second and a first:
+        # the second, first and first of the gradient, and the first, first and second of the weight.
+        grad_x = grads[:, num_experts:] @ terms[:3].flatten(0, 1)
         return grad_x, grad_weight
-
-
-def bfloat16_terms(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Three bfloat16 tensors whose sum is a float32 tensor, up to its last bit; the largest first."""
-    first = x.to(torch.bfloat16)
-    rest = x - first
-    second = rest.to(torch.bfloat16)
-    return first, second, (rest - second).to(torch.bfloat16)
 
 
 def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,9 @@ def _deliver(grad: torch.Tensor, master: nn.Parameter) -> None:
     else:  # only our own kernels take a gradient of another type than the weight's
         total = grad if has_kernel(grad) else grad.to(master.dtype)
     if isinstance(master, DTensor):
-        total = DTensor.from_local(total, master.device_mesh, master.placements, run_check=False)
+        # With the whole's shape and stride, which the host would otherwise work out anew.
+        whole = {"shape": master.shape, "stride": master.stride()}
+        total = DTensor.from_local(total, master.device_mesh, master.placements, run_check=False, **whole)
     master.grad = total
 
 

@@ -22,6 +22,7 @@ from moe_trainer.config.choices import Compute, DType
 from moe_trainer.config.schema import Config
 from moe_trainer.config.store import compose
 from moe_trainer.config.validate import validate
+from moe_trainer.kernels import backend
 from moe_trainer.observe.sinks import JsonlSink
 from moe_trainer.optim.adamw import build_adamw
 from moe_trainer.optim.schedule import learning_rate, set_learning_rate
@@ -67,9 +68,9 @@ def main() -> None:
         weights = start.save()  # all begin with these
         cfg.checkpoint.resume = str(weights)
         curves = {"kernels": _ours(cfg, here)}
-        os.environ["MOE_TRAINER_KERNELS"] = "reference"
+        backend.uses_reference = True
         curves["reference"] = _ours(cfg, here)
-        del os.environ["MOE_TRAINER_KERNELS"]
+        backend.uses_reference = False
         curves["transformers"] = _transformers(cfg, here, weights)
         cfg.compute = Compute.fp8
         curves["fp8"] = _ours(cfg, here)

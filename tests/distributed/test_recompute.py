@@ -164,9 +164,9 @@ def test_the_choice_is_kept_even_where_computing_again_gives_another(
     assert not torch.equal(again[1], first) and not torch.equal(again[0], second)
 
 
-def root_after_a_step(cfg: Config) -> str:
+def fsdp_after_a_step(cfg: Config) -> tuple[str, bool]:
     """What FSDP takes for the root of a forward pass under way, where, as before PyTorch 2.13, the end of a backward
-    pass leaves it."""
+    pass leaves it; and whether it knows a state twice, as there of each group of several modules."""
     real = FSDPState._root_post_backward_final_callback
 
     def end(state: FSDPState) -> None:
@@ -174,17 +174,19 @@ def root_after_a_step(cfg: Config) -> str:
         root = context.iter_forward_root
         real(state)
         context.iter_forward_root = root
+        context.all_states.extend(list(context.all_states))
 
     trainer = Trainer(cfg, torch.device("cpu"))
     trainer.start()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FSDPState, "_root_post_backward_final_callback", end)
         trainer.train_step(trainer.loader.batch(0))
-    return repr(trainer.model._get_fsdp_state()._state_ctx.iter_forward_root)
+    context = trainer.model._get_fsdp_state()._state_ctx
+    return repr(context.iter_forward_root), len(set(context.all_states)) < len(context.all_states)
 
 
 def test_the_next_forward_pass_waits_for_the_optimizer(tmp_path: Path) -> None:
     """On a GPU, FSDP gathers on streams of its own, which only the root of a pass lets wait."""
     model = ModelConfig(hidden_size=32, intermediate_size=32, num_layers=2, head_dim=8, num_experts=4)
     cfgs = [run_config(tmp_path, kind.value, "fsdp2", 1, recompute=kind, model=model) for kind in KINDS]
-    assert [run_distributed(root_after_a_step, 2, cfg)[0] for cfg in cfgs] == ["None", "None"]
+    assert [run_distributed(fsdp_after_a_step, 2, cfg)[0] for cfg in cfgs] == [("None", False)] * 2

@@ -5,8 +5,6 @@ products in bfloat16, and accepts what the compiler refuses: see test_compilatio
 """
 
 import math
-from collections.abc import Iterator
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +13,17 @@ import torch.nn.functional as F
 from moe_trainer.config.choices import Family
 from moe_trainer.config.schema import RopeConfig
 from moe_trainer.config.store import compose
-from moe_trainer.kernels import cross_entropy, experts, grouped_gemm, latent_heads, norm, permute, rope, silu_mul
+from moe_trainer.kernels import (
+    backend,
+    cross_entropy,
+    experts,
+    grouped_gemm,
+    latent_heads,
+    norm,
+    permute,
+    rope,
+    silu_mul,
+)
 from moe_trainer.kernels.permute import Routes, sort_by_expert, sum_pairs
 from moe_trainer.kernels.quantize import FP8, Quantized, quantize
 from moe_trainer.kernels.router_gemm import router_logits
@@ -32,6 +40,7 @@ INTERPRETED = pytest.importorskip("triton").knobs.runtime.interpret
 
 from moe_trainer.kernels.gpu import accumulate as gpu_accumulate  # noqa: E402
 from moe_trainer.kernels.gpu import adamw as gpu_adamw  # noqa: E402
+from moe_trainer.kernels.gpu import bfloat16_terms as gpu_bfloat16_terms  # noqa: E402
 from moe_trainer.kernels.gpu import cross_entropy as gpu_cross_entropy  # noqa: E402
 from moe_trainer.kernels.gpu import fp8 as gpu_fp8  # noqa: E402
 from moe_trainer.kernels.gpu import grouped_gemm as gpu_grouped_gemm  # noqa: E402
@@ -116,22 +125,7 @@ MATRIX_DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 PRODUCT_RTOL = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts off what bfloat16 has not
 
 
-@pytest.fixture
-def two_multiprocessors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """In the interpreter, where products run as on a small GPU: there each program has several tiles."""
-    if INTERPRETED:
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=2))
-        gpu_grouped_gemm._multiprocessors.cache_clear()
-        library = torch.library.Library("moe_trainer", "FRAGMENT")
-        library.impl("grouped_mm", gpu_grouped_gemm._grouped_mm, "CPU")
-    yield
-    if INTERPRETED:
-        library._destroy()
-        gpu_grouped_gemm._multiprocessors.cache_clear()
-
-
 @HOPPER_OR_INTERPRETER
-@pytest.mark.usefixtures("two_multiprocessors")
 @pytest.mark.parametrize("widths", ((128, 136), (264, 1000), (512, 256)), ids=str)
 @pytest.mark.parametrize("load", LOADS)
 def test_grouped_gemm(load: str, widths: tuple[int, int]) -> None:
@@ -155,7 +149,6 @@ def test_grouped_gemm(load: str, widths: tuple[int, int]) -> None:
 
 
 @HOPPER_OR_INTERPRETER
-@pytest.mark.usefixtures("two_multiprocessors")
 @pytest.mark.parametrize("widths", ((128, 144), (272, 1008)), ids=str)
 @pytest.mark.parametrize("load", LOADS)
 def test_grouped_gemm_in_fp8(load: str, widths: tuple[int, int]) -> None:
@@ -203,7 +196,7 @@ def test_which_products_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     grouped_gemm.multiply(rows[:4000], weight.mT, offsets - 96)
     grouped_gemm.outer(rows, rows[:, :128], offsets)
     assert taken == [(2, 256, 128), (2, 256, 128), (4096, 128)]
-    monkeypatch.setenv("MOE_TRAINER_KERNELS", "reference")
+    monkeypatch.setattr(backend, "uses_reference", True)
     grouped_gemm.multiply(rows, weight.mT, offsets)
     assert len(taken) == 3
 
@@ -515,6 +508,17 @@ def test_adamw_with_rounded_weights_is_right_on_average() -> None:
         error = (found.mean(0) - goal) / step
         assert error.abs().max() < 5 * 0.5 / many**0.5
         assert error.mean().abs() < 5 * 0.5 / (many * size) ** 0.5
+
+
+@pytest.mark.parametrize("shape", ((37, 60), (1, 128), (300, 1)))
+def test_bfloat16_terms(shape: tuple[int, int]) -> None:
+    x = values(torch.float32, *shape)
+    first, again, second, third = gpu_bfloat16_terms.stacked_terms(x)
+    assert torch.equal(first, again)
+    total = first.double() + second.double() + third.double()
+    assert ((total - x.double()).abs() <= x.double().abs() * 2**-24).all()
+    assert not torch.equal(first.double() + second.double(), x.double())  # two would not do
+    assert torch.equal(gpu_bfloat16_terms.joined_terms(x), torch.cat((third, second, first, first), 1))
 
 
 @pytest.mark.skipif(INTERPRETED, reason="a product of PyTorch's that CPUs lack")

@@ -4,13 +4,15 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div
+
 _BLOCK = 2048
 
 
 def add(left: torch.Tensor, right: torch.Tensor, out: torch.Tensor) -> None:
     """`out` becomes `left + right`; all contiguous and of one shape, `out` may be one of them."""
     if out.numel():
-        _add[(triton.cdiv(out.numel(), _BLOCK),)](left, right, out, out.numel(), _BLOCK, num_warps=8)
+        _add[(ceil_div(out.numel(), _BLOCK),)](left, right, out, out.numel(), _BLOCK, num_warps=8)
 
 
 @triton.jit

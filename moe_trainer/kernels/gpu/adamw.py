@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from moe_trainer.kernels import stochastic_rounding
+from moe_trainer.kernels.gpu.sizes import ceil_div
 from moe_trainer.kernels.stochastic_rounding import RandomBits
 
 _BLOCK = 1024
@@ -42,7 +43,7 @@ def adamw_(
     """
     size = weight.numel()
     if size:
-        grid = (triton.cdiv(size, _BLOCK),)
+        grid = (ceil_div(size, _BLOCK),)
         logs = (math.log(beta) if beta else -math.inf for beta in betas)
         _adamw[grid](
             weight,

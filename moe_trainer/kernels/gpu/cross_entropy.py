@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div
+
 _BLOCK = 4096
 
 
@@ -23,7 +25,7 @@ def gradient_(
     """Replace logits by `(softmax - onehot) * scale`, scale [tokens] float32."""
     tokens, vocab = logits.shape
     if tokens:
-        grid = (tokens, triton.cdiv(vocab, _BLOCK))
+        grid = (tokens, ceil_div(vocab, _BLOCK))
         _gradient[grid](logits, labels, log_normalizer, scale, vocab, _BLOCK, num_warps=8)
     return logits
 

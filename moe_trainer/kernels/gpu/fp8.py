@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div, next_power_of_2
+
 _LARGEST = tl.constexpr(448.0)
 _LEAST = tl.constexpr(1e-12)
 _COLUMNS, _DEPTH = 64, 128
@@ -15,7 +17,7 @@ def quantize_rows(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = torch.empty_like(rows, dtype=torch.float8_e4m3fn)
     scale = rows.new_empty(rows.shape[:-1], dtype=torch.float32)
     if rows.numel():
-        block = min(triton.next_power_of_2(width), 4096)
+        block = min(next_power_of_2(width), 4096)
         _quantize_rows[(scale.numel(),)](rows, values, scale, width, block, num_warps=8 if block > 2048 else 4)
     return values, scale
 
@@ -26,7 +28,7 @@ def quantize_columns(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     values = weight.new_empty(experts, width, depth, dtype=torch.float8_e4m3fn)
     scale = weight.new_empty(experts, width, dtype=torch.float32)
     if weight.numel():
-        grid = (triton.cdiv(width, _COLUMNS), experts)
+        grid = (ceil_div(width, _COLUMNS), experts)
         _quantize_columns[grid](weight, values, scale, depth, width, _COLUMNS, _DEPTH, num_warps=8)
     return values, scale
 

@@ -8,12 +8,15 @@ second and third index both count rows, and the first takes FAR of them away, by
 third bound: they read as zero and are not written. (Triton's own kernels describe ragged tensors so.)
 """
 
-import functools
+from collections.abc import Callable
 
 import torch
 import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+from moe_trainer.kernels.gpu.sizes import ceil_div, multiprocessors, next_power_of_2
+from moe_trainer.kernels.keepable import is_watched
 
 _M, _N, _K_BYTES = 128, 256, 128
 _GROUP = 8
@@ -25,7 +28,7 @@ _OPTIONS = {"num_warps": 8, "num_stages": 3}
 
 def multiply(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """As `grouped_gemm.multiply`: [rows, a] x [experts, a, b] -> [rows, b]; the weight in either memory order."""
-    return torch.ops.moe_trainer.grouped_mm(rows, weight, offsets, None, None)
+    return _product()(rows, weight, offsets, None, None)
 
 
 def multiply_scaled(
@@ -36,7 +39,7 @@ def multiply_scaled(
     offsets: torch.Tensor,
 ) -> torch.Tensor:
     """fp8 [rows, in] with scales [rows] x [experts, out, in] with scales [experts, out] -> bfloat16 [rows, out]."""
-    return torch.ops.moe_trainer.grouped_mm(rows, weight.mT, offsets, row_scale, weight_scale)
+    return _product()(rows, weight.mT, offsets, row_scale, weight_scale)
 
 
 def _grouped_mm(
@@ -51,10 +54,10 @@ def _grouped_mm(
     transposed = weight.stride(1) == 1
     depth = _K_BYTES // rows.itemsize
     factor = [1, _N, depth] if transposed else [1, depth, _N]
-    most = triton.cdiv(num_rows, _M) + len(offsets)
+    most = ceil_div(num_rows, _M) + len(offsets)
     tiles = torch.empty(most, 4, dtype=torch.int32, device=rows.device)
-    experts = triton.next_power_of_2(len(offsets))
-    _place_tiles[(triton.cdiv(most, 32),)](offsets, tiles, len(offsets), most, experts, 32, _M)
+    experts = next_power_of_2(len(offsets))
+    _place_tiles[(ceil_div(most, 32),)](offsets, tiles, len(offsets), most, experts, 32, _M)
     _multiply[_programs(rows)](
         TensorDescriptor.from_tensor(rows, [_M, depth]),
         TensorDescriptor.from_tensor(weight.mT if transposed else weight, factor),
@@ -80,6 +83,10 @@ _OPERATORS.define("grouped_mm(Tensor rows, Tensor weight, Tensor offsets, Tensor
 _OPERATORS.impl("grouped_mm", _grouped_mm, "CUDA")
 
 
+def _product() -> Callable[..., torch.Tensor]:
+    return torch.ops.moe_trainer.grouped_mm if is_watched() else _grouped_mm
+
+
 def outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
     """As `grouped_gemm.outer`: [rows, a], [rows, b] -> [experts, a, b]."""
     out = left.new_empty(len(offsets), left.shape[1], right.shape[1])
@@ -100,12 +107,7 @@ def outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> tor
 
 
 def _programs(x: torch.Tensor) -> tuple[int]:
-    return (_SHARES * _multiprocessors(x.device),)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
+    return (_SHARES * multiprocessors(x.device),)
 
 
 _FAR = tl.constexpr(2**30)

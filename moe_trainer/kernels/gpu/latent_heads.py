@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import next_power_of_2
+
 
 def heads(
     query: torch.Tensor,
@@ -56,8 +58,8 @@ def _sizes(width: int, key_value_width: int, cos: torch.Tensor) -> tuple[int, in
 
 def _blocks(sizes: tuple[int, int, int], num_heads: int) -> tuple[int, int, int]:
     """Heads at a time, and columns of the widest part and of half of the rotated one."""
-    wide = triton.next_power_of_2(max(sizes[0], sizes[2]))
-    return min(triton.next_power_of_2(num_heads), max(1, 2048 // wide)), wide, triton.next_power_of_2(sizes[1] // 2)
+    wide = next_power_of_2(max(sizes[0], sizes[2]))
+    return min(next_power_of_2(num_heads), max(1, 2048 // wide)), wide, next_power_of_2(sizes[1] // 2)
 
 
 @triton.jit

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div, multiprocessors, next_power_of_2
+
 _TILE = 4096
 """Values of one tile: narrow rows (heads) share a program."""
 
@@ -13,9 +15,9 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.T
     rows, width = x.shape
     out, inverse_rms = torch.empty_like(x), x.new_empty(rows, dtype=torch.float32)
     if rows:
-        block = triton.next_power_of_2(width)
+        block = next_power_of_2(width)
         height = max(1, _TILE // block)
-        grid = (triton.cdiv(rows, height),)
+        grid = (ceil_div(rows, height),)
         _forward[grid](x, weight, out, inverse_rms, rows, width, eps, height, block, num_warps=_warps(block))
     return out, inverse_rms
 
@@ -26,10 +28,11 @@ def rms_norm_backward(
     """Gradients of x [rows, width] and of the weight [width] float32; the latter's sum has a fixed order."""
     rows, width = x.shape
     grad_x = torch.empty_like(x)
-    block = triton.next_power_of_2(width)
+    block = next_power_of_2(width)
     height = max(1, _TILE // block)
-    programs = min(triton.cdiv(rows, height), 4 * _processors(x.device))
-    parts = x.new_zeros(max(programs, 1), width, dtype=torch.float32)
+    programs = min(ceil_div(rows, height), 4 * multiprocessors(x.device))
+    make = x.new_empty if rows else x.new_zeros
+    parts = make(max(programs, 1), width, dtype=torch.float32)
     if rows:
         _backward[(programs,)](
             grad, x, weight, inverse_rms, grad_x, parts, rows, width, height, block, num_warps=_warps(block)
@@ -39,10 +42,6 @@ def rms_norm_backward(
 
 def _warps(block: int) -> int:
     return 8 if block >= 4096 else 4
-
-
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
 @triton.jit

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div
+
 _BLOCK = 1024
 
 
@@ -11,7 +13,7 @@ def normal_(out: torch.Tensor, seed: int, std: float) -> torch.Tensor:
     """Fill a contiguous float32 tensor: element `i` is a function of (seed, i), by a counter-based generator (Salmon
     et al., 2011), never farther than 5.7 standard deviations from zero. `seed`: below 2**63."""
     if out.numel():
-        _normal[(triton.cdiv(out.numel(), _BLOCK),)](out, seed, std, out.numel(), _BLOCK)
+        _normal[(ceil_div(out.numel(), _BLOCK),)](out, seed, std, out.numel(), _BLOCK)
     return out
 
 

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div, next_power_of_2
+
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
     """x [batch, heads, seq, width], last dim contiguous, cos and sin [seq, width] contiguous -> the same shape.
@@ -13,11 +15,11 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool)
     batch, heads, seq, width = x.shape
     out = x.new_empty(batch, seq, heads, width)
     if out.numel():
-        half = triton.next_power_of_2(width // 2)
-        height = triton.next_power_of_2(heads)
+        half = next_power_of_2(width // 2)
+        height = next_power_of_2(heads)
         while height * half > 4096:
             height //= 2
-        grid = (batch * seq, triton.cdiv(heads, height))
+        grid = (batch * seq, ceil_div(heads, height))
         strides = x.stride()[:3]
         _rotate[grid](x, cos, sin, out, *strides, heads, seq, width, inverse, height, half, num_warps=4)
     return out.transpose(1, 2)

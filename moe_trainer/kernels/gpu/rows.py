@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div, next_power_of_2
+
 
 def spread(tokens: torch.Tensor, inverse: torch.Tensor, end: torch.Tensor, rows: int, top_k: int) -> torch.Tensor:
     """[tokens, width], the row of each pair [pairs] -> [rows, width]: a copy for each pair's row before `end`.
@@ -13,8 +15,8 @@ def spread(tokens: torch.Tensor, inverse: torch.Tensor, end: torch.Tensor, rows:
     width = tokens.shape[1]
     out = tokens.new_empty(rows, width)
     if out.numel() and tokens.numel():
-        block = min(triton.next_power_of_2(width), 2048)
-        grid = (len(tokens), triton.cdiv(width, block))
+        block = min(next_power_of_2(width), 2048)
+        grid = (len(tokens), ceil_div(width, block))
         _spread[grid](tokens, inverse, end, out, width, top_k, block, num_warps=4)
     return out
 
@@ -24,8 +26,8 @@ def sum_pairs(rows: torch.Tensor, inverse: torch.Tensor, end: torch.Tensor, top_
     tokens, width = len(inverse) // top_k, rows.shape[1]
     out = rows.new_empty(tokens, width)
     if out.numel():
-        block = min(triton.next_power_of_2(width), 2048)
-        grid = (tokens, triton.cdiv(width, block))
+        block = min(next_power_of_2(width), 2048)
+        grid = (tokens, ceil_div(width, block))
         _sum_pairs[grid](rows, inverse, end, out, width, top_k, block, num_warps=4)
     return out
 

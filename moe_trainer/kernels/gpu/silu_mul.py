@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div
+
 _BLOCK = 2048
 
 
@@ -11,7 +13,7 @@ def silu_mul(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """As `kernels.silu_mul.silu_mul`, of contiguous tensors."""
     out = torch.empty_like(gate)
     if out.numel():
-        _forward[(triton.cdiv(out.numel(), _BLOCK),)](gate, up, out, out.numel(), _BLOCK, num_warps=4)
+        _forward[(ceil_div(out.numel(), _BLOCK),)](gate, up, out, out.numel(), _BLOCK, num_warps=4)
     return out
 
 
@@ -19,7 +21,7 @@ def silu_mul_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) 
     """Gradients of gate and up."""
     grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
     if grad.numel():
-        grid = (triton.cdiv(grad.numel(), _BLOCK),)
+        grid = (ceil_div(grad.numel(), _BLOCK),)
         _backward[grid](grad, gate, up, grad_gate, grad_up, grad.numel(), _BLOCK, num_warps=4)
     return grad_gate, grad_up
 

@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div, next_power_of_2
+
 _BLOCK, _PART = 512, 32
 
 
@@ -12,9 +14,9 @@ def sort(experts: torch.Tensor, num_experts: int, first: int = 0) -> tuple[torch
 
     Experts before `first` and from `first + num_experts` on come last, in the pairs' order.
     """
-    pairs, bins = len(experts), triton.next_power_of_2(num_experts + 1)
+    pairs, bins = len(experts), next_power_of_2(num_experts + 1)
     order, inverse = (torch.empty(pairs, dtype=torch.int64, device=experts.device) for _ in range(2))
-    blocks = triton.cdiv(pairs, _BLOCK)
+    blocks = ceil_div(pairs, _BLOCK)
     make = torch.empty if pairs else torch.zeros
     counts = make(bins, max(blocks, 1), dtype=torch.int32, device=experts.device)
     if pairs:

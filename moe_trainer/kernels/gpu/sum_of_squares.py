@@ -6,12 +6,14 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div
+
 _BLOCK = 8192
 
 
 def sum_of_squares(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     """As `kernels.sum_of_squares.sum_of_squares`, of contiguous tensors."""
-    blocks = [triton.cdiv(tensor.numel(), _BLOCK) for tensor in tensors]
+    blocks = [ceil_div(tensor.numel(), _BLOCK) for tensor in tensors]
     sums = tensors[0].new_empty(sum(blocks), dtype=torch.float32)
     for tensor, own in zip(tensors, sums.split(blocks), strict=True):
         if len(own):

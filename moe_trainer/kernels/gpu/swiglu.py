@@ -4,6 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
+from moe_trainer.kernels.gpu.sizes import ceil_div, next_power_of_2
+
 
 def swiglu(
     gate_up: torch.Tensor,
@@ -22,8 +24,8 @@ def swiglu(
     rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(rows, width)
     if out.numel():
-        block = min(triton.next_power_of_2(width), 1024)
-        grid = (rows, triton.cdiv(width, block))
+        block = min(next_power_of_2(width), 1024)
+        grid = (rows, ceil_div(width, block))
         settings = width, *_alpha_and_limit(clamp), block
         _forward[grid](gate_up, weights, order, end, bias, experts, out, *settings, num_warps=4)
     return out
@@ -44,7 +46,7 @@ def swiglu_backward(
     grad_gate_up, activated = torch.empty_like(gate_up), torch.empty_like(grad)
     grad_weights = weights.new_zeros(weights.numel())
     if grad.numel():
-        block = min(triton.next_power_of_2(width), 1024)
+        block = min(next_power_of_2(width), 1024)
         given, made = (gate_up, grad, weights, order, end, bias, experts), (grad_gate_up, activated, grad_weights)
         _backward[(rows,)](*given, *made, width, *_alpha_and_limit(clamp), block, num_warps=4)
     return grad_gate_up, activated, grad_weights
