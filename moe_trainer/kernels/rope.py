@@ -11,9 +11,14 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
     """Turn each pair (i, i + width / 2) of x [batch, heads, seq, width] by its angle.
 
     Args:
-        cos: [seq, width], both halves alike, or anything that broadcasts to x; likewise sin.
+        cos: [seq, width], both halves alike; [batch * seq, width] where the rows' tokens have positions of their own;
+            or anything of more dims that broadcasts to x. Likewise sin.
     """
-    return _Rotate.apply(x, cos, sin)
+    batch, _, seq, _ = x.shape
+    if batch == 1 or cos.ndim != 2 or len(cos) == seq:
+        return _Rotate.apply(x, cos, sin)
+    in_one_row = x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)  # [1, heads, batch * seq, width]
+    return _Rotate.apply(in_one_row, cos, sin).squeeze(0).transpose(0, 1).unflatten(0, (batch, seq)).transpose(1, 2)
 
 
 class _Rotate(torch.autograd.Function):

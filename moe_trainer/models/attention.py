@@ -113,8 +113,7 @@ class Attention(nn.Module):
         self, x: torch.Tensor, rope: Rotation, cache: KVCache | None = None, documents: Documents | None = None
     ) -> torch.Tensor:
         """[batch, seq, hidden] -> [batch, seq, hidden]."""
-        query, key, value = self.project(x)
-        query, key = rotate(query, rope), rotate(key, rope)
+        query, key, value = self.project(x, rope)
         if cache is None:
             out = self.attend_documents(query, key, value, documents)
         else:
@@ -122,9 +121,11 @@ class Attention(nn.Module):
             out = self.attend(query, *cache.append(self.layer, key, value), mask)
         return self.o_proj(out.transpose(1, 2).flatten(2))
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[batch, seq, hidden] -> query [batch, heads, seq, head_dim], key and value likewise with kv_heads."""
-        return self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+    def project(self, x: torch.Tensor, rope: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[batch, seq, hidden] -> query [batch, heads, seq, head_dim] and key, both turned, and value, likewise with
+        kv_heads."""
+        query, key, value = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        return rotate(query, rope), rotate(key, rope), value
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, seq, heads * head_dim] -> [batch, heads, seq, head_dim]."""

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from moe_trainer.kernels.norm import rms_norm
+from moe_trainer.kernels.norm import rms_norm, rms_norm_rotated
+from moe_trainer.models.rope import Rotation
 
 
 class RMSNorm(nn.Module):
@@ -28,3 +29,14 @@ class RMSNorm(nn.Module):
     def scale(self, x: torch.Tensor, mean_square: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """The norm, given the mean square [..., 1]: that of the whole width, of which x may be a part."""
         return (x.to(mean_square.dtype) * torch.rsqrt(mean_square + self.eps) * weight).to(x.dtype)
+
+
+class RotatedNorm(RMSNorm):
+    """The norm of each head's query or key, and then its rotation."""
+
+    def forward(self, x: torch.Tensor, rope: Rotation) -> torch.Tensor:
+        return self.compute(x, self.weight, rope)
+
+    def compute(self, x: torch.Tensor, weight: torch.Tensor, rope: Rotation) -> torch.Tensor:
+        """[batch, seq, heads, head_dim] -> [batch, heads, seq, head_dim], in x's type."""
+        return rms_norm_rotated(x, weight, self.eps, *rope)

@@ -33,12 +33,7 @@ def rotation(positions: torch.Tensor, width: int, rope: RopeConfig, dtype: torch
 
 def rotate(x: torch.Tensor, rope: Rotation) -> torch.Tensor:
     """Turn each pair (i, i + width / 2) of x [batch, heads, seq, width] by its angle."""
-    batch, _, seq, _ = x.shape
-    if batch == 1 or rope.cos.ndim != 2 or len(rope.cos) == seq:
-        return kernels.rotate(x, rope.cos, rope.sin)
-    in_one_row = x.transpose(1, 2).flatten(0, 1).transpose(0, 1).unsqueeze(0)  # [1, heads, batch * seq, width]
-    turned = kernels.rotate(in_one_row, rope.cos, rope.sin).squeeze(0)
-    return turned.transpose(0, 1).unflatten(0, (batch, seq)).transpose(1, 2)
+    return kernels.rotate(x, rope.cos, rope.sin)
 
 
 def yarn_scale(factor: float, mscale: float = 1.0) -> float:

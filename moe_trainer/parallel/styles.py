@@ -104,22 +104,22 @@ class LeafStyle:
         placements["lora_b"] = self.weight if self.weight == Shard(0) else Replicate()
         return {name: placements[name] for name, _ in module.named_parameters(recurse=False)}
 
-    def wrap(self, module: Any, context: ParallelContext) -> Callable[[torch.Tensor], Any]:
+    def wrap(self, module: Any, context: ParallelContext) -> Callable[..., Any]:
         """The leaf's forward on local weights."""
 
         is_adapted = getattr(module, "lora_a", None) is not None
 
-        def compute(x: torch.Tensor, *weights: torch.Tensor) -> Any:
-            out = module.compute(x, *weights)
+        def compute(x: torch.Tensor, *args: Any) -> Any:
+            out = module.compute(x, *args)
             return out + module.adapt(x, *self._local_adapters(module)) if is_adapted else out
 
-        def forward(x: torch.Tensor) -> Any:
+        def forward(x: torch.Tensor, *more: Any) -> Any:
             if self.before is not None:
                 x = self.before(x, context)
             weight = local_weight(module.weight, self.weight_grad)
             bias = local_weight(getattr(module, "bias", None), self.bias_grad)
             if bias is None:
-                out = compute(x, weight)
+                out = compute(x, weight, *more)
                 return out if self.after is None else self.after(out, context)
             if isinstance(self.bias, Replicate) and self.after is not None:
                 # The outputs are summed over ranks: the bias is added once, after.

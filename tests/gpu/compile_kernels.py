@@ -101,7 +101,8 @@ def _norms_and_positions() -> None:
     for kind, weight_kind in ((_BF16, _BF16), (_BF16, _FP32), (_FP32, _FP32)):
         for width in (100, 128, 4096):
             x, weight = torch.empty(_TOKENS, width, dtype=kind), torch.empty(width, dtype=weight_kind)
-            norm.rms_norm_backward(x, x, weight, norm.rms_norm(x, weight, 1e-5)[1])
+            for turn in (None, norm.Turn(x, x, 4)):
+                norm.rms_norm_backward(x, x, weight, norm.rms_norm(x, weight, 1e-5, turn)[1], turn)
     for kind, inverse in product(_KINDS, (False, True)):
         turn = torch.empty(_TOKENS, 64, dtype=kind)
         for heads in (1, 32):

@@ -294,6 +294,29 @@ def test_rms_norm_of_a_part_of_a_wider_tensor(monkeypatch: pytest.MonkeyPatch) -
         torch.testing.assert_close(mine, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("have_own_positions", (False, True))
+@pytest.mark.parametrize("shape", ((2, 7, 3, 24), (1, 5, 40, 128), (3, 4, 1, 6)), ids=str)
+def test_rotated_norm(
+    dtype: torch.dtype, shape: tuple[int, ...], have_own_positions: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of heads that are parts of wider rows, forward and both gradients."""
+    monkeypatch.setattr(norm, "has_kernel", lambda x: x.dtype is dtype)
+    batch, seq, heads, width = shape
+    wide, weight = values(dtype, batch, seq, heads, width + 5), values(torch.float32, width)
+    tokens = batch * seq if have_own_positions else seq
+    turn = rotation(torch.arange(tokens, device=DEVICE) * 3 % 11, width, RopeConfig(), dtype)
+    inputs = wide.requires_grad_(), weight.requires_grad_()
+    exact_inputs = [part.detach().double().cpu().requires_grad_() for part in inputs]
+    normed = F.rms_norm(exact_inputs[0][..., 2:-3], (width,), exact_inputs[1], 1e-5)
+    exact = rope.rotate(normed.transpose(1, 2), *(part.cpu().double() for part in turn))
+    out = norm.rms_norm_rotated(wide[..., 2:-3], weight, 1e-5, *turn)
+    close(out, exact.to(DEVICE))
+    grad = values(dtype, batch, heads, seq, width, seed=1)
+    ours = torch.autograd.grad(out, inputs, grad)
+    for mine, other in zip(ours, torch.autograd.grad(exact, exact_inputs, grad.double().cpu()), strict=True):
+        assert relative_error(mine.cpu(), other) < (1e-5 if dtype is torch.float32 else 1e-2)
+
+
 @pytest.mark.parametrize("shape", ((2, 3, 7, 24), (1, 40, 5, 128)))
 def test_rope(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     batch, heads, seq, width = shape

@@ -7,6 +7,7 @@ from moe_trainer.models.attention import Attention
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
 from moe_trainer.models.moe import Experts, SparseMoeBlock
 from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.rope import Rotation, rotate
 from moe_trainer.models.router import Router
 
 
@@ -19,12 +20,12 @@ class OlmoeAttention(Attention):
         self.q_norm = RMSNorm(cfg.num_heads * cfg.head_dim, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(cfg.num_kv_heads * cfg.head_dim, cfg.rms_norm_eps)
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor, rope: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         projected = self.q_norm(self.q_proj(x)), self.k_norm(self.k_proj(x)), self.v_proj(x)
         if self.clip is not None:
             projected = tuple(part.clamp(-self.clip, self.clip) for part in projected)
         query, key, value = (self.heads(part) for part in projected)
-        return query, key, value
+        return rotate(query, rope), rotate(key, rope), value
 
 
 def build_olmoe(cfg: ModelConfig) -> CausalLM:

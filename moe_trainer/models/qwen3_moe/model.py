@@ -7,7 +7,8 @@ from moe_trainer.models.attention import Attention
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
 from moe_trainer.models.mlp import SwiGLU
 from moe_trainer.models.moe import Experts, SparseMoeBlock
-from moe_trainer.models.norm import RMSNorm
+from moe_trainer.models.norm import RotatedNorm
+from moe_trainer.models.rope import Rotation
 from moe_trainer.models.router import Router
 
 
@@ -24,12 +25,12 @@ class Qwen3Attention(Attention):
             cfg.attention_bias,
             cfg.sliding_window,
         )
-        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
-        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.q_norm = RotatedNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.k_norm = RotatedNorm(cfg.head_dim, cfg.rms_norm_eps)
 
-    def project(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, x: torch.Tensor, rope: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj))
-        return self.q_norm(query).transpose(1, 2), self.k_norm(key).transpose(1, 2), self.heads(self.v_proj(x))
+        return self.q_norm(query, rope), self.k_norm(key, rope), self.heads(self.v_proj(x))
 
 
 def build_qwen3_moe(cfg: ModelConfig) -> CausalLM:
