@@ -54,7 +54,7 @@ class _LatentHeads(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         from moe_trainer.kernels.gpu import latent_heads as gpu
 
-        ctx.save_for_backward(cos, sin)
+        ctx.turn = cos, sin  # all layers' the same: nothing that activation checkpointing would have to forget
         ctx.interleave = interleave
         shared_key = shared_key if shared_key.stride(-1) == 1 else shared_key.contiguous()
         turned, key = gpu.heads(query.contiguous(), key_value.contiguous(), shared_key, cos, sin, interleave)
@@ -64,5 +64,5 @@ class _LatentHeads(torch.autograd.Function):
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from moe_trainer.kernels.gpu import latent_heads as gpu
 
-        gradients = gpu.heads_backward(*(grad.contiguous() for grad in grads), *ctx.saved_tensors, ctx.interleave)
+        gradients = gpu.heads_backward(*(grad.contiguous() for grad in grads), *ctx.turn, ctx.interleave)
         return *gradients, None, None, None

@@ -53,16 +53,16 @@ class _RMSNorm(torch.autograd.Function):
 
         turn = None if cos is None else gpu.Turn(cos, sin, x.shape[-2])
         out, inverse_rms = gpu.rms_norm(_rows(x), weight, eps, turn)
-        ctx.save_for_backward(x, weight, inverse_rms, cos, sin)
+        ctx.save_for_backward(x, weight, inverse_rms)
+        ctx.turn = turn  # all layers' the same: nothing that activation checkpointing would have to forget
         return out.view(x.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         from moe_trainer.kernels.gpu import norm as gpu
 
-        x, weight, inverse_rms, cos, sin = ctx.saved_tensors
-        turn = None if cos is None else gpu.Turn(cos, sin, x.shape[-2])
-        grad_x, grad_weight = gpu.rms_norm_backward(_rows(grad), _rows(x), weight, inverse_rms, turn)
+        x, weight, inverse_rms = ctx.saved_tensors
+        grad_x, grad_weight = gpu.rms_norm_backward(_rows(grad), _rows(x), weight, inverse_rms, ctx.turn)
         return grad_x.view(x.shape), grad_weight.to(weight.dtype), None, None, None
 
 

@@ -26,12 +26,12 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cos, sin)
+        ctx.turn = cos, sin  # all layers' the same: nothing that activation checkpointing would have to forget
         return _turn(x, cos, sin, inverse=False)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        return _turn(grad, *ctx.saved_tensors, inverse=True), None, None
+        return _turn(grad, *ctx.turn, inverse=True), None, None
 
 
 def _turn(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, inverse: bool) -> torch.Tensor:
