@@ -9,8 +9,8 @@ uses_reference = os.environ.get("MOE_TRAINER_KERNELS") == "reference"
 
 
 def has_kernel(x: torch.Tensor) -> bool:
-    """Whether a kernel of ours computes for this tensor: on CUDA, in bfloat16 or float32, unless the environment has
-    MOE_TRAINER_KERNELS=reference; then PyTorch computes the same formulas."""
+    """Whether a kernel of ours computes for this tensor: on CUDA, in bfloat16 or float32, unless the environment had
+    MOE_TRAINER_KERNELS=reference at the import; then PyTorch computes the same formulas."""
     return x.dtype in (torch.bfloat16, torch.float32) and _is_on(x)
 
 

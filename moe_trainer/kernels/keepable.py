@@ -19,7 +19,7 @@ def keepable() -> AbstractContextManager[object]:
 
 
 def is_watched() -> bool:
-    """Whether there is a keeper, for who would otherwise spare the way through PyTorch's dispatcher."""
+    """Whether there is a keeper; without one a caller can skip PyTorch's dispatcher."""
     return _keeper.get() is not None
 
 

@@ -32,7 +32,7 @@ def rms_norm_rotated(
         cos: as for `rope.rotate`; likewise sin.
 
     Returns:
-        [batch, heads, seq, width], which lies in memory as x does.
+        [batch, heads, seq, width]; with our kernel it lies in memory as [batch, seq, heads, width].
     """
     if has_kernel(x) and cos.ndim == 2:
         return _RMSNorm.apply(x, weight, eps, cos, sin).transpose(1, 2)

@@ -86,7 +86,7 @@ class Attention(nn.Module):
     """q, k, v and output projections around PyTorch's scaled dot-product attention.
 
     The number of heads is read off the projections' width, so a rank that holds some of the heads runs the same code.
-    A family with norms or clipping between projection and heads overrides `project`.
+    A family with norms or clipping between projection and rotation overrides `project`, which rotates too.
     """
 
     def __init__(

@@ -115,7 +115,7 @@ def end_backward(model: nn.Module) -> None:
 
     Activation checkpointing runs the grouped norms again in the backward pass, which FSDP takes for the begin of a
     forward pass. PyTorch before 2.13 never sees that one end, and later passes then gather at once, before the
-    weights have moved. There a group's state also counts once for each of its modules, and at the end of a backward
+    weights have moved. In 2.11 a group's state also counts once for each of its modules, and at the end of a backward
     pass each count looks at each of its parameters: for the norms and routers of 48 layers 58,000 times.
     """
     if isinstance(model, FSDPModule):

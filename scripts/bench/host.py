@@ -1,14 +1,14 @@
-"""How long the host takes to queue a step of one rank among many: one GPU, or none, is enough.
+"""How long the host takes to queue a step of one rank among many, on one GPU; without a GPU only to try the script.
 
     python scripts/bench/host.py --ranks=2 model=qwen3_30b_a3b model.num_layers=12 model.num_experts=16 \
-        model.intermediate_size=128 model.vocab_size=8000 data.seq_len=512 parallel=sp_ep parallel.fsdp=2 \
+        model.intermediate_size=128 model.vocab_size=8000 data.seq_len=1024 parallel=sp_ep parallel.fsdp=2 \
         parallel.ep=2 [any key of moe-train] [--steps=24] [--profile]
 
-The other ranks do not exist and collectives do nothing: losses mean nothing, and what NCCL takes is missing. With few
-tokens and narrow experts the device is done at once, and the rest of a step is the host's, which does not depend on
-widths. A real step whose GPU work is shorter lets the GPUs wait. The row: median and fastest of the last two thirds
-of the steps. `--profile` adds where the time goes, by function: by Python's profiler, which doubles it, and with the
-backward pass on the main thread.
+The other ranks do not exist, and collectives give this rank's own data: losses mean nothing, and what NCCL takes is
+missing. With few tokens and narrow experts the rest is mostly the host's, with its waits for each layer's count of
+rows and for the end of the step. Keep an expert rank's rows well above 4,096, where our grouped product takes over from
+PyTorch's, or well below. The row: median and fastest of the last two thirds of the steps. `--profile` adds where the
+time goes, by function: by Python's profiler, which doubles it, and with the backward pass on the main thread.
 """
 
 import cProfile
