@@ -6,9 +6,10 @@
 
 The other ranks do not exist, and collectives give this rank's own data: losses mean nothing, and what NCCL takes is
 missing. With few tokens and narrow experts the rest is mostly the host's, with its waits for each layer's count of
-rows and for the end of the step. Keep an expert rank's rows well above 4,096, where our grouped product takes over from
-PyTorch's, or well below. The row: median and fastest of the last two thirds of the steps. `--profile` adds where the
-time goes, by function: by Python's profiler, which doubles it, and with the backward pass on the main thread.
+rows and for the end of the step. Keep an expert rank's rows well above 4,096, where our grouped product takes over
+from PyTorch's, or well below. The row: median and fastest of the last two thirds of the steps. `--profile` adds
+where the time goes, by function: by Python's profiler, which doubles it, and with the backward pass on the main
+thread.
 """
 
 import cProfile
