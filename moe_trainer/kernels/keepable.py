@@ -18,11 +18,6 @@ def keepable() -> AbstractContextManager[object]:
     return _keeper.get() or nullcontext()
 
 
-def is_watched() -> bool:
-    """Whether there is a keeper; without one a caller can skip PyTorch's dispatcher."""
-    return _keeper.get() is not None
-
-
 @contextmanager
 def kept_by(keeper: TorchDispatchMode) -> Iterator[None]:
     """Let the keeper look at what is `keepable` inside, on this thread."""

@@ -6,9 +6,10 @@ from torch import nn
 
 from moe_trainer.kernels.keepable import keepable
 from moe_trainer.kernels.packed_attention import batched, end_to_end, packed_attention, takes_packed
+from moe_trainer.kernels.rope import rotate
 from moe_trainer.models.documents import Documents
 from moe_trainer.models.linear import Linear
-from moe_trainer.models.rope import Rotation, rotate
+from moe_trainer.models.rope import Rotation
 
 
 class KVCache:
@@ -125,7 +126,7 @@ class Attention(nn.Module):
         """[batch, seq, hidden] -> query [batch, heads, seq, head_dim] and key, both turned, and value, likewise with
         kv_heads."""
         query, key, value = (self.heads(project(x)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return rotate(query, rope), rotate(key, rope), value
+        return rotate(query, *rope), rotate(key, *rope), value
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, seq, heads * head_dim] -> [batch, heads, seq, head_dim]."""

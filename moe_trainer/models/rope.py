@@ -7,7 +7,6 @@ import torch
 
 from moe_trainer.config.choices import RopeType
 from moe_trainer.config.schema import RopeConfig
-from moe_trainer.kernels import rope as kernels
 
 
 class Rotation(NamedTuple):
@@ -29,11 +28,6 @@ def rotation(positions: torch.Tensor, width: int, rope: RopeConfig, dtype: torch
     angles = positions.float().outer(frequencies)
     angles = torch.cat((angles, angles), dim=-1)
     return Rotation((angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype))
-
-
-def rotate(x: torch.Tensor, rope: Rotation) -> torch.Tensor:
-    """Turn each pair (i, i + width / 2) of x [batch, heads, seq, width] by its angle."""
-    return kernels.rotate(x, rope.cos, rope.sin)
 
 
 def yarn_scale(factor: float, mscale: float = 1.0) -> float:

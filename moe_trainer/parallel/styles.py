@@ -109,22 +109,22 @@ class LeafStyle:
 
         is_adapted = getattr(module, "lora_a", None) is not None
 
-        def compute(x: torch.Tensor, *args: Any) -> Any:
-            out = module.compute(x, *args)
+        def compute(x: torch.Tensor, *weights: torch.Tensor, **more: Any) -> Any:
+            out = module.compute(x, *weights, **more)
             return out + module.adapt(x, *self._local_adapters(module)) if is_adapted else out
 
-        def forward(x: torch.Tensor, *more: Any) -> Any:
+        def forward(x: torch.Tensor, **more: Any) -> Any:
             if self.before is not None:
                 x = self.before(x, context)
             weight = local_weight(module.weight, self.weight_grad)
             bias = local_weight(getattr(module, "bias", None), self.bias_grad)
             if bias is None:
-                out = compute(x, weight, *more)
+                out = compute(x, weight, **more)
                 return out if self.after is None else self.after(out, context)
             if isinstance(self.bias, Replicate) and self.after is not None:
                 # The outputs are summed over ranks: the bias is added once, after.
-                return self.after(compute(x, weight), context) + bias
-            out = compute(x, weight, bias)
+                return self.after(compute(x, weight, **more), context) + bias
+            out = compute(x, weight, bias, **more)
             return out if self.after is None else self.after(out, context)
 
         return forward

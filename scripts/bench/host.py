@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from record import option, record
 from torch.testing._internal.distributed.fake_pg import FakeStore  # PyTorch's own; registers itself
-from train import Ours, config_of
+from train import Ours, config_of, synchronize
 
 from moe_trainer.config.choices import DeviceName
 
@@ -53,8 +53,7 @@ def main() -> None:
 def _step(side: Ours, device: torch.device) -> float:
     start = time.perf_counter()
     side.step()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter() - start
 
 

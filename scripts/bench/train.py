@@ -155,7 +155,7 @@ def main() -> None:
             start = time.perf_counter()
             sides.append(kind(cfg, device))
             sides[-1].step()
-            _synchronize(device)
+            synchronize(device)
             first_steps.append(time.perf_counter() - start)
         times = step_times([side.step for side in sides], steps - 1, device)
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else float("nan")
@@ -224,7 +224,8 @@ def _profile(step: Callable[[], None], device: torch.device) -> None:
         print(averages.table(sort_by=by, row_limit=45, max_name_column_width=90))
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_trainer.config.choices import Family
 from moe_trainer.config.schema import RopeConfig
@@ -24,6 +25,7 @@ from moe_trainer.kernels import (
     rope,
     silu_mul,
 )
+from moe_trainer.kernels.keepable import keepable, kept_by
 from moe_trainer.kernels.permute import Routes, sort_by_expert, sum_pairs
 from moe_trainer.kernels.quantize import FP8, Quantized, quantize
 from moe_trainer.kernels.router_gemm import router_logits
@@ -199,6 +201,32 @@ def test_which_products_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(backend, "uses_reference", True)
     grouped_gemm.multiply(rows, weight.mT, offsets)
     assert len(taken) == 3
+
+
+@HOPPER_OR_INTERPRETER
+def test_a_product_is_an_operator_where_one_looks() -> None:
+    """In a region that checkpointing may keep, and to no effect elsewhere in the layer."""
+    seen = []
+
+    class Keeper(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            seen.append(op.name())
+            return op(*args, **(kwargs or {}))
+
+    if INTERPRETED:
+        library = torch.library.Library("moe_trainer", "FRAGMENT")
+        library.impl("grouped_mm", gpu_grouped_gemm._grouped_mm, "CPU")
+    offsets = torch.tensor([5, 37], device=DEVICE, dtype=torch.int32)
+    rows, weight = values(MATRIX_DTYPE, 37, 64), values(MATRIX_DTYPE, 2, 64, 128)
+    with kept_by(Keeper()):
+        apart = gpu_grouped_gemm.multiply(rows, weight, offsets)
+        assert seen == []
+        with keepable():
+            watched = gpu_grouped_gemm.multiply(rows, weight, offsets)
+    assert seen.count("moe_trainer::grouped_mm") == 1
+    assert torch.equal(apart, watched)
+    if INTERPRETED:
+        library._destroy()
 
 
 @pytest.mark.parametrize("clamp", (None, experts.Clamp(1.7, 0.9)), ids=("plain", "clamped"))

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 import triton
 import triton.language as tl
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from moe_trainer.kernels.gpu.sizes import ceil_div, multiprocessors, next_power_of_2
-from moe_trainer.kernels.keepable import is_watched
 
 _M, _N, _K_BYTES = 128, 256, 128
 _GROUP = 8
@@ -84,7 +84,8 @@ _OPERATORS.impl("grouped_mm", _grouped_mm, "CUDA")
 
 
 def _product() -> Callable[..., torch.Tensor]:
-    return torch.ops.moe_trainer.grouped_mm if is_watched() else _grouped_mm
+    """The operator where a dispatch mode looks at operators; elsewhere the host is spared the dispatcher."""
+    return _grouped_mm if _get_current_dispatch_mode() is None else torch.ops.moe_trainer.grouped_mm
 
 
 def outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ from torch import nn
 from moe_trainer.config.choices import RopeType
 from moe_trainer.config.schema import ModelConfig
 from moe_trainer.kernels.latent_heads import has_latent_kernel, latent_heads
+from moe_trainer.kernels.rope import rotate
 from moe_trainer.models.attention import KVCache, attend, attend_documents
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
 from moe_trainer.models.documents import Documents
@@ -13,7 +14,7 @@ from moe_trainer.models.linear import Linear
 from moe_trainer.models.mlp import SwiGLU
 from moe_trainer.models.moe import Experts, SparseMoeBlock
 from moe_trainer.models.norm import RMSNorm
-from moe_trainer.models.rope import Rotation, rotate, yarn_scale
+from moe_trainer.models.rope import Rotation, yarn_scale
 from moe_trainer.models.router import GroupedSigmoidRouter
 
 
@@ -82,7 +83,7 @@ class LatentAttention(nn.Module):
         """[batch, seq, heads, rope]."""
         if self.rope_interleave:  # (0, 1), (2, 3), ... -> the half-split layout; scores do not mind the order
             x = torch.cat((x[..., 0::2], x[..., 1::2]), dim=-1)
-        return rotate(x.transpose(1, 2), rope).transpose(1, 2)
+        return rotate(x.transpose(1, 2), *rope).transpose(1, 2)
 
 
 def build_deepseek_v3(cfg: ModelConfig) -> CausalLM:

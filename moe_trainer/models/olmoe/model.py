@@ -3,11 +3,12 @@
 import torch
 
 from moe_trainer.config.schema import ModelConfig
+from moe_trainer.kernels.rope import rotate
 from moe_trainer.models.attention import Attention
 from moe_trainer.models.decoder import CausalLM, DecoderLayer
 from moe_trainer.models.moe import Experts, SparseMoeBlock
 from moe_trainer.models.norm import RMSNorm
-from moe_trainer.models.rope import Rotation, rotate
+from moe_trainer.models.rope import Rotation
 from moe_trainer.models.router import Router
 
 
@@ -25,7 +26,7 @@ class OlmoeAttention(Attention):
         if self.clip is not None:
             projected = tuple(part.clamp(-self.clip, self.clip) for part in projected)
         query, key, value = (self.heads(part) for part in projected)
-        return rotate(query, rope), rotate(key, rope), value
+        return rotate(query, *rope), rotate(key, *rope), value
 
 
 def build_olmoe(cfg: ModelConfig) -> CausalLM:

@@ -30,7 +30,7 @@ class Qwen3Attention(Attention):
 
     def project(self, x: torch.Tensor, rope: Rotation) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         query, key = (p(x).unflatten(-1, (-1, self.head_dim)) for p in (self.q_proj, self.k_proj))
-        return self.q_norm(query, rope), self.k_norm(key, rope), self.heads(self.v_proj(x))
+        return self.q_norm(query, rope=rope), self.k_norm(key, rope=rope), self.heads(self.v_proj(x))
 
 
 def build_qwen3_moe(cfg: ModelConfig) -> CausalLM:

@@ -4,11 +4,12 @@ from transformers import MixtralConfig
 from transformers.models.mixtral import modeling_mixtral
 
 from moe_trainer.config.schema import ModelConfig, RopeConfig
+from moe_trainer.kernels.rope import rotate
 from moe_trainer.models.attention import KVCache
 from moe_trainer.models.decoder import CausalLM
 from moe_trainer.models.mixtral.model import build_mixtral
 from moe_trainer.models.norm import RMSNorm
-from moe_trainer.models.rope import rotate, rotation
+from moe_trainer.models.rope import rotation
 from moe_trainer.parallel.initialize import initialize
 
 CONFIG = ModelConfig(vocab_size=19, hidden_size=16, intermediate_size=8, num_heads=4, num_kv_heads=2, head_dim=6)
@@ -67,7 +68,7 @@ def test_rotation_against_transformers() -> None:
     torch.testing.assert_close(rope.cos, cos[0])
     torch.testing.assert_close(rope.sin, sin[0])
     expected, _ = modeling_mixtral.apply_rotary_pos_emb(x, x, cos, sin)
-    torch.testing.assert_close(rotate(x, rope), expected)
+    torch.testing.assert_close(rotate(x, *rope), expected)
 
 
 def test_rotation_depends_on_distance_alone() -> None:
@@ -75,7 +76,7 @@ def test_rotation_depends_on_distance_alone() -> None:
     products = []
     for first in (0, 5, 300):
         rope = rotation(torch.tensor([first, first + 4]), 8, RopeConfig(1e4), torch.float64)
-        turned = rotate(torch.cat((query, key), dim=2), rope)[0, 0]
+        turned = rotate(torch.cat((query, key), dim=2), *rope)[0, 0]
         products.append(turned[0] @ turned[1])
     torch.testing.assert_close(torch.stack(products), products[0].expand(3), rtol=1e-4, atol=1e-6)
 
