@@ -204,9 +204,9 @@ def test_which_products_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @HOPPER_OR_INTERPRETER
-def test_a_product_is_an_operator_where_one_looks() -> None:
-    """In a region that checkpointing may keep, and to no effect elsewhere in the layer."""
-    seen = []
+def test_a_product_is_an_operator_only_where_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a region that checkpointing may keep; elsewhere in the layer it does without PyTorch's dispatcher."""
+    seen, direct = [], []
 
     class Keeper(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):
@@ -216,14 +216,16 @@ def test_a_product_is_an_operator_where_one_looks() -> None:
     if INTERPRETED:
         library = torch.library.Library("moe_trainer", "FRAGMENT")
         library.impl("grouped_mm", gpu_grouped_gemm._grouped_mm, "CPU")
+    product = gpu_grouped_gemm._grouped_mm  # which the operator keeps
+    monkeypatch.setattr(gpu_grouped_gemm, "_grouped_mm", lambda *args: (direct.append(args), product(*args))[1])
     offsets = torch.tensor([5, 37], device=DEVICE, dtype=torch.int32)
     rows, weight = values(MATRIX_DTYPE, 37, 64), values(MATRIX_DTYPE, 2, 64, 128)
     with kept_by(Keeper()):
         apart = gpu_grouped_gemm.multiply(rows, weight, offsets)
-        assert seen == []
+        assert len(direct) == 1 and seen == []
         with keepable():
             watched = gpu_grouped_gemm.multiply(rows, weight, offsets)
-    assert seen.count("moe_trainer::grouped_mm") == 1
+    assert len(direct) == 1 and seen.count("moe_trainer::grouped_mm") == 1
     assert torch.equal(apart, watched)
     if INTERPRETED:
         library._destroy()
