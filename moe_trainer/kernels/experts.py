@@ -11,13 +11,14 @@ from typing import Any, NamedTuple, Protocol
 import torch
 import torch.nn.functional as F
 
+from moe_trainer.kernels import grouped_gemm
 from moe_trainer.kernels.backend import has_kernel
 from moe_trainer.kernels.grouped_gemm import Multiply, expert_of_rows, outer, sum_rows
-from moe_trainer.kernels.keepable import keepable
+from moe_trainer.kernels.keepable import is_watched, keepable
 from moe_trainer.kernels.permute import Routes, gather_rows, sum_pairs
 
 Product = Callable[[torch.Tensor, str, torch.Tensor, torch.Tensor], torch.Tensor]
-"""(rows, name of the weight, weight, offsets) -> rows; `Experts.product`."""
+"""(rows, name of the weight, weight [num_experts, ..., out, in], offsets) -> [rows, out]."""
 
 
 class Clamp(NamedTuple):
@@ -50,8 +51,8 @@ def swiglu_experts(
     routes: Routes,
     gate_up_proj: torch.Tensor,
     down_proj: torch.Tensor,
-    product: Product,
     multiply: Multiply,
+    product: Product | None = None,
     exchange: Exchange | None = None,
     gate_up_bias: torch.Tensor | None = None,
     clamp: Clamp | None = None,
@@ -64,14 +65,14 @@ def swiglu_experts(
         routes: of the tokens to the experts given; pairs of other experts add nothing.
         gate_up_proj: [experts, 2, intermediate, hidden].
         down_proj: [experts, hidden, intermediate].
-        product: multiplies in the forward pass.
-        multiply: multiplies gradients with the weights, in the backward pass, which needs them as they are.
+        multiply: multiplies with the weights, forward and backward.
+        product: in its place in the forward pass, for weights that it does not take.
         exchange: begun with `x`: all but `x` and its gradient are then about the tokens of all ranks. The backward
             pass gathers them again beside its first product, and sums their gradients beside its last.
         gate_up_bias: [experts, 2, intermediate].
         clamp: in place of silu(gate) * up.
     """
-    settings = product, multiply, exchange, clamp
+    settings = multiply, product, exchange, clamp
     return _SwigluExperts.apply(x, top_k_weights, routes, gate_up_proj, gate_up_bias, down_proj, *settings)
 
 
@@ -85,22 +86,32 @@ class _SwigluExperts(torch.autograd.Function):
         gate_up_proj: torch.Tensor,
         gate_up_bias: torch.Tensor | None,
         down_proj: torch.Tensor,
-        product: Product,
         multiply: Multiply,
+        product: Product | None,
         exchange: Exchange | None,
         clamp: Clamp | None,
     ) -> torch.Tensor:
         tokens = x if exchange is None else exchange.tokens()
-        rows = gather_rows(tokens, routes)
-        with keepable():
-            gate_up = product(rows, "gate_up_proj", gate_up_proj, routes.offsets)
-        del rows
+        rows, offsets, activated = gather_rows(tokens, routes), routes.offsets, None
         top_k_weights = top_k_weights.contiguous()
         bias = None if gate_up_bias is None else gate_up_bias.flatten(1)
+        with keepable():
+            if product is not None:
+                gate_up = product(rows, "gate_up_proj", gate_up_proj, offsets)
+            elif _is_one_kernel(rows, gate_up_proj, multiply, bias, clamp) and not is_watched():
+                from moe_trainer.kernels.gpu import ping_pong as gpu
+
+                gate_up, activated = gpu.swiglu(rows, gate_up_proj, offsets, top_k_weights, routes.order)
+            else:
+                gate_up = multiply(rows, gate_up_proj.flatten(1, 2).mT, offsets)
+        del rows
         ctx.save_for_backward(x, top_k_weights, gate_up, gate_up_proj, bias, down_proj)
         ctx.routes, ctx.multiply, ctx.exchange, ctx.clamp = routes, multiply, exchange, clamp
-        activated = swiglu(gate_up, top_k_weights, routes, bias, clamp)
-        return sum_pairs(product(activated, "down_proj", down_proj, routes.offsets), routes)
+        if activated is None:
+            activated = swiglu(gate_up, top_k_weights, routes, bias, clamp)
+        if product is not None:
+            return sum_pairs(product(activated, "down_proj", down_proj, offsets), routes)
+        return sum_pairs(multiply(activated, down_proj.mT, offsets), routes)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -112,12 +123,19 @@ class _SwigluExperts(torch.autograd.Function):
         if exchange is not None and needs_gate_up:
             exchange.start(x)
         grad_out = gather_rows(grad, routes)  # [rows, hidden]
-        grad_activated = ctx.multiply(grad_out, down_proj, offsets)
-        grad_gate_up, activated, grad_weights = swiglu_backward(
-            gate_up, grad_activated, top_k_weights, routes, bias, ctx.clamp
-        )
+        if _is_one_kernel(grad_out, down_proj, ctx.multiply, bias, ctx.clamp):
+            from moe_trainer.kernels.gpu import ping_pong as gpu
+
+            grad_gate_up, activated, grad_weights = gpu.swiglu_backward(
+                grad_out, down_proj, offsets, top_k_weights, routes.order, gate_up
+            )
+            grad_weights = grad_weights.view_as(top_k_weights)
+        else:
+            grad_gate_up, activated, grad_weights = swiglu_backward(
+                gate_up, ctx.multiply(grad_out, down_proj, offsets), top_k_weights, routes, bias, ctx.clamp
+            )
         grad_down = outer(grad_out, activated, offsets) if needs_down else None
-        del grad_out, grad_activated, activated
+        del grad_out, activated
         grad_rows = ctx.multiply(grad_gate_up, gate_up_proj.flatten(1, 2), offsets)
         grad_x = sum_pairs(grad_rows, routes)
         del grad_rows
@@ -131,6 +149,16 @@ class _SwigluExperts(torch.autograd.Function):
         if exchange is not None:
             grad_x = exchange.sum()
         return grad_x, grad_weights, None, grad_gate_up_proj, grad_bias, grad_down, None, None, None, None
+
+
+def _is_one_kernel(
+    rows: torch.Tensor, weight: torch.Tensor, multiply: Multiply, bias: torch.Tensor | None, clamp: Clamp | None
+) -> bool:
+    """Whether a kernel of ours multiplies with the weight and has SwiGLU, or its backward pass, at the end of each
+    tile."""
+    is_plain = bias is None and clamp is None and multiply is grouped_gemm.multiply
+    is_taken = rows.dtype is torch.bfloat16 and grouped_gemm.grouped_gemm_supported(rows.dtype, *weight.shape[-2:])
+    return is_plain and is_taken and weight.is_contiguous() and grouped_gemm.is_for_kernel(rows, *weight.shape[-2:])
 
 
 def exchanged(x: torch.Tensor, exchange: Exchange) -> torch.Tensor:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
 _keeper: ContextVar[TorchDispatchMode | None] = ContextVar("keeper", default=None)
 
@@ -16,6 +16,11 @@ _keeper: ContextVar[TorchDispatchMode | None] = ContextVar("keeper", default=Non
 def keepable() -> AbstractContextManager[object]:
     """A region whose operators the present keeper, if there is one, looks at."""
     return _keeper.get() or nullcontext()
+
+
+def is_watched() -> bool:
+    """Whether a dispatch mode looks at operators here."""
+    return _get_current_dispatch_mode() is not None
 
 
 @contextmanager

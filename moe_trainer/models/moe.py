@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from moe_trainer.kernels.experts import Clamp, Exchange, activate, combine_bias, exchanged, swiglu_experts
+from moe_trainer.kernels.experts import Clamp, Exchange, Product, activate, combine_bias, exchanged, swiglu_experts
 from moe_trainer.kernels.grouped_gemm import Multiply, grouped_linear, multiply
 from moe_trainer.kernels.keepable import keepable
 from moe_trainer.kernels.permute import Routes, combine, permute, sort_by_expert
@@ -25,6 +25,8 @@ class Experts(nn.Module):
         self.num_experts = num_experts
         self.lora_scale = 1.0
         self.multiply: Multiply = multiply
+        self.product: Product | None = None
+        """In place of `multiply` where the weights are not what it takes."""
         self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2, intermediate_size, hidden_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, intermediate_size))
 
@@ -66,7 +68,7 @@ class Experts(nn.Module):
             x = x if exchange is None else exchanged(x, exchange)
             out = self.compute_by_products(x, routes, top_k_weights, weights)
         else:
-            factors = weights["gate_up_proj"], weights["down_proj"], self.product, self.multiply
+            factors = weights["gate_up_proj"], weights["down_proj"], self.multiply, self.product
             gate_up_bias = weights.get("gate_up_bias")
             out = swiglu_experts(x, top_k_weights, routes, *factors, exchange, gate_up_bias, self.clamp)
         if "down_bias" not in weights:
@@ -80,14 +82,16 @@ class Experts(nn.Module):
         bias = weights["gate_up_bias"].flatten(1) if "gate_up_bias" in weights else None
         rows = permute(x, routes)
         with keepable():
-            gate_up = self.product(rows, "gate_up_proj", weights["gate_up_proj"], routes.offsets)
+            gate_up = self.times(rows, "gate_up_proj", weights["gate_up_proj"], routes.offsets)
         gate_up = self.adapted(gate_up, rows, "gate_up_proj", weights, routes.offsets)
         activated = activate(gate_up, top_k_weights, routes, bias, self.clamp)
-        out = self.product(activated, "down_proj", weights["down_proj"], routes.offsets)
+        out = self.times(activated, "down_proj", weights["down_proj"], routes.offsets)
         return combine(self.adapted(out, activated, "down_proj", weights, routes.offsets), routes)
 
-    def product(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    def times(self, rows: torch.Tensor, name: str, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         """Sorted rows [rows, in] times the weight of this name, gate before up: [rows, out]."""
+        if self.product is not None:
+            return self.product(rows, name, weight, offsets)
         return grouped_linear(rows, weight.flatten(1, -2), offsets, self.multiply)
 
     def adapted(
@@ -98,7 +102,7 @@ class Experts(nn.Module):
         weights: dict[str, torch.Tensor],
         offsets: torch.Tensor,
     ) -> torch.Tensor:
-        """The `product` of the rows, and what the experts' adapters, if any, add: see `models.lora`."""
+        """The product of the rows, and what the experts' adapters, if any, add: see `models.lora`."""
         a, b = (weights.get(f"{name.removesuffix('_proj')}_lora_{half}") for half in "ab")
         if a is None:
             return out

@@ -24,6 +24,7 @@ from moe_trainer.kernels.gpu import (
     latent_heads,
     norm,
     normal,
+    ping_pong,
     rope,
     rows,
     silu_mul,
@@ -133,17 +134,28 @@ def _experts() -> None:
 
 
 def _grouped_products() -> None:
-    for count, width, other in ((_EXPERTS, 512, 1024), (3, 264, 1000)):
+    """Long sums are `grouped_gemm`'s own, short ones `ping_pong`'s."""
+    long = ((_EXPERTS, 4096, 1024), (3, 4104, 1000))
+    for count, width, other in ((_EXPERTS, 512, 1024), (3, 264, 1000), *long):
         offsets = torch.zeros(count, dtype=torch.int32)
         left, right = (torch.empty(_PAIRS, size, dtype=_BF16) for size in (width, other))
         weight = torch.empty(count, width, other, dtype=_BF16)
         grouped_gemm.multiply(left, weight, offsets)
         grouped_gemm.multiply(left, weight.mT.contiguous().mT, offsets)
         grouped_gemm.outer(left, right, offsets)
-    for width, other in ((512, 1024), (272, 1008)):
+    pairs = torch.empty(_EXPERTS * 4096, 128, dtype=_BF16)  # so many that their sum is long
+    grouped_gemm.outer(pairs, pairs, torch.zeros(_EXPERTS, dtype=torch.int32))
+    for width, other in ((512, 1024), (272, 1008), (8192, 1008)):
         left, weight = torch.empty(_PAIRS, width).to(_FP8), torch.empty(_EXPERTS, other, width).to(_FP8)
         offsets = torch.zeros(_EXPERTS, dtype=torch.int32)
         grouped_gemm.multiply_scaled(left, torch.empty(_PAIRS), weight, torch.empty(_EXPERTS, other), offsets)
+    for width, hidden in ((512, 1024), (200, 264)):
+        offsets, order = torch.zeros(_EXPERTS, dtype=torch.int32), torch.zeros(_PAIRS, dtype=torch.int64)
+        rows, weights = torch.empty(_PAIRS, hidden, dtype=_BF16), torch.empty(_TOKENS, _TOP_K)
+        gate_up_proj = torch.empty(_EXPERTS, 2, width, hidden, dtype=_BF16)
+        gate_up, _ = ping_pong.swiglu(rows, gate_up_proj, offsets, weights, order)
+        down_proj = torch.empty(_EXPERTS, hidden, width, dtype=_BF16)
+        ping_pong.swiglu_backward(rows, down_proj, offsets, weights, order, gate_up)
 
 
 def _optimizer() -> None:

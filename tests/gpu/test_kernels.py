@@ -127,7 +127,14 @@ MATRIX_DTYPE = torch.float32 if INTERPRETED else torch.bfloat16
 PRODUCT_RTOL = 2**-7 if INTERPRETED else 2**-8  # the interpreter cuts off what bfloat16 has not
 
 
+@pytest.fixture(params=("long",) if INTERPRETED else ("long", "short"))
+def sums(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Products by the kernel that takes long sums, or by the one that takes short ones, whatever they are."""
+    monkeypatch.setattr(gpu_grouped_gemm, "_SHORT_BYTES", {"long": 0, "short": 2**30}[request.param])
+
+
 @HOPPER_OR_INTERPRETER
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("widths", ((128, 136), (264, 1000), (512, 256)), ids=str)
 @pytest.mark.parametrize("load", LOADS)
 def test_grouped_gemm(load: str, widths: tuple[int, int]) -> None:
@@ -151,6 +158,7 @@ def test_grouped_gemm(load: str, widths: tuple[int, int]) -> None:
 
 
 @HOPPER_OR_INTERPRETER
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("widths", ((128, 144), (272, 1008)), ids=str)
 @pytest.mark.parametrize("load", LOADS)
 def test_grouped_gemm_in_fp8(load: str, widths: tuple[int, int]) -> None:
@@ -169,6 +177,7 @@ def test_grouped_gemm_in_fp8(load: str, widths: tuple[int, int]) -> None:
 
 
 @HOPPER
+@pytest.mark.usefixtures("sums")
 @pytest.mark.parametrize("first", (0, 7, 98))
 def test_grouped_gemm_touches_no_memory_but_its_own(first: int) -> None:
     """A tensor alone in what the driver mapped, whose first tiles are not full: addresses before it are errors."""
@@ -180,6 +189,96 @@ def test_grouped_gemm_touches_no_memory_but_its_own(first: int) -> None:
     exact = rows[first:19990].double()
     torch.testing.assert_close(out[first:19990].double(), exact @ weight[2].double(), rtol=2**-8, atol=1e-2)
     torch.testing.assert_close(grad[2].double(), exact.T @ exact, rtol=2**-8, atol=1e-2)
+
+
+class Keeper(TorchDispatchMode):
+    """Names the operators that it sees."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.seen.append(op.name())
+        return op(*args, **(kwargs or {}))
+
+
+@HOPPER
+@pytest.mark.parametrize("sizes", ((128, 136), (1000, 264), (768, 2048)), ids=str)
+@pytest.mark.parametrize("load", LOADS)
+def test_products_with_swiglu(load: str, sizes: tuple[int, int]) -> None:
+    """Forward and backward, against float64. Rows of no expert hold anything."""
+    from moe_trainer.kernels.gpu import ping_pong
+
+    counts, (width, hidden) = LOADS[load], sizes
+    used, total = sum(counts), sum(counts) + 70
+    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    rows, grad = values(torch.bfloat16, total, hidden), values(torch.bfloat16, total, hidden, seed=1)
+    rows[used:], grad[used:] = float("nan"), float("nan")
+    gate_up_proj = values(torch.bfloat16, len(counts), 2, width, hidden) / hidden**0.5 * 2
+    down_proj = values(torch.bfloat16, len(counts), hidden, width) / hidden**0.5
+    order = torch.randperm(total, device=DEVICE)
+    weights = values(torch.float32, total).sigmoid()
+
+    gate_up, activated = ping_pong.swiglu(rows, gate_up_proj, offsets, weights, order)
+    parts = zip(rows[:used].double().split(counts), gate_up_proj.flatten(1, 2).double(), strict=True)
+    exact = torch.cat([part @ own.T for part, own in parts])
+    torch.testing.assert_close(gate_up[:used].double(), exact, rtol=2**-8, atol=1e-3)
+    of_rows = weights.double()[order[:used], None].requires_grad_()
+    wide = gate_up[:used].double().requires_grad_()  # as it was rounded
+    plain = experts.gated(*wide.chunk(2, dim=1)) * of_rows
+    torch.testing.assert_close(activated[:used].double(), plain, rtol=2**-8, atol=1e-5)
+
+    gate_up[used:] = float("nan")
+    parts = zip(grad[:used].double().split(counts), down_proj.double(), strict=True)
+    upstream = torch.cat([part @ own for part, own in parts])
+    wide_grad, weights_grad = torch.autograd.grad(plain, (wide, of_rows), upstream)
+    given = grad, down_proj, offsets, weights, order, gate_up
+    ours = ping_pong.swiglu_backward(*given)
+    torch.testing.assert_close(ours[0][:used].double(), wide_grad, rtol=2**-8, atol=1e-4)
+    assert torch.equal(ours[1][:used], activated[:used])
+    exact = torch.zeros(total, dtype=torch.float64, device=DEVICE)
+    exact[order[:used]] = weights_grad.flatten()
+    torch.testing.assert_close(ours[2].double(), exact, rtol=1e-4, atol=1e-4 * width**0.5)
+    again = ping_pong.swiglu_backward(*given)
+    assert all(torch.equal(one[:used], other[:used]) for one, other in zip(ours[:2], again[:2], strict=True))
+    assert torch.equal(ours[2], again[2])
+
+
+@HOPPER
+@pytest.mark.parametrize("clamped", (False, True))
+def test_which_experts_have_swiglu_in_the_product(monkeypatch: pytest.MonkeyPatch, clamped: bool) -> None:
+    """The plain ones, unless activation checkpointing wants the product alone; gradients are those without it."""
+    from moe_trainer.kernels.gpu import ping_pong
+    from moe_trainer.models.moe import ClampedExperts, Experts
+
+    taken: list[str] = []
+    for name in ("swiglu", "swiglu_backward"):
+        kernel = getattr(ping_pong, name)
+        record = lambda *args, name=name, kernel=kernel: (taken.append(name), kernel(*args))[1]  # noqa: E731
+        monkeypatch.setattr(ping_pong, name, record)
+    sizes = 256, 128, 8
+    layer = ClampedExperts(*sizes, experts.Clamp(1.7, 0.9)) if clamped else Experts(*sizes)
+    layer = layer.to(DEVICE, torch.bfloat16)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    x = values(torch.bfloat16, 2500, 256).requires_grad_()
+    weights, index = values(torch.float32, 2500, 8).softmax(-1).topk(2)
+    inputs = x, weights.requires_grad_(), *layer.parameters()
+
+    def gradients() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(layer(x, index, weights), inputs, values(torch.bfloat16, 2500, 256, seed=1))
+
+    ours = gradients()
+    assert taken == ([] if clamped else ["swiglu", "swiglu_backward"])
+    keeper = Keeper()
+    with kept_by(keeper):
+        layer(x, index, weights)
+    assert len(taken) == (0 if clamped else 2) and "moe_trainer::grouped_mm" in keeper.seen
+    monkeypatch.setattr(backend, "uses_reference", True)
+    for mine, other in zip(ours, gradients(), strict=True):
+        assert relative_error(mine.float(), other.float()) < 1e-2
+    assert len(taken) == (0 if clamped else 2)
 
 
 @HOPPER
@@ -206,13 +305,7 @@ def test_which_products_take_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 @HOPPER_OR_INTERPRETER
 def test_a_product_is_an_operator_only_where_one_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """In a region that checkpointing may keep; elsewhere in the layer it does without PyTorch's dispatcher."""
-    seen, direct = [], []
-
-    class Keeper(TorchDispatchMode):
-        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-            seen.append(op.name())
-            return op(*args, **(kwargs or {}))
-
+    direct, keeper = [], Keeper()
     if INTERPRETED:
         library = torch.library.Library("moe_trainer", "FRAGMENT")
         library.impl("grouped_mm", gpu_grouped_gemm._grouped_mm, "CPU")
@@ -220,12 +313,12 @@ def test_a_product_is_an_operator_only_where_one_looks(monkeypatch: pytest.Monke
     monkeypatch.setattr(gpu_grouped_gemm, "_grouped_mm", lambda *args: (direct.append(args), product(*args))[1])
     offsets = torch.tensor([5, 37], device=DEVICE, dtype=torch.int32)
     rows, weight = values(MATRIX_DTYPE, 37, 64), values(MATRIX_DTYPE, 2, 64, 128)
-    with kept_by(Keeper()):
+    with kept_by(keeper):
         apart = gpu_grouped_gemm.multiply(rows, weight, offsets)
-        assert len(direct) == 1 and seen == []
+        assert len(direct) == 1 and keeper.seen == []
         with keepable():
             watched = gpu_grouped_gemm.multiply(rows, weight, offsets)
-    assert len(direct) == 1 and seen.count("moe_trainer::grouped_mm") == 1
+    assert len(direct) == 1 and keeper.seen.count("moe_trainer::grouped_mm") == 1
     assert torch.equal(apart, watched)
     if INTERPRETED:
         library._destroy()

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from moe_trainer.kernels.experts import Clamp
+from moe_trainer.kernels.grouped_gemm import multiply
 from moe_trainer.kernels.permute import HostCount, sort_by_expert
 from moe_trainer.models.moe import ClampedExperts, Experts
 from tests.unit.kernels.test_permute import ELSEWHERE, INDEX, _Poison, index_of
@@ -30,8 +31,7 @@ def naive(x: torch.Tensor, index: torch.Tensor, weights: torch.Tensor, experts: 
 def poisoned(kind: str) -> Experts:
     """With products whose rows of no expert are NaN, as a grouped GEMM may leave them."""
     experts = ClampedExperts(6, 5, 4, Clamp(1.7, 0.9)) if kind == "clamped" else Experts(6, 5, 4)
-    product = experts.product
-    experts.product = lambda *args: _Poison.apply(product(*args), int(args[-1][-1]))
+    experts.multiply = lambda *args: _Poison.apply(multiply(*args), int(args[-1][-1]))
     return experts.double()
 
 
